@@ -1,0 +1,47 @@
+# Everything a person or a build machine runs. `make demo` and `make test` set up by themselves.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# A relative store path or a foreign cluster must not change what tests see.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test test-cluster check format bench validate clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu,demo,dev]'
+	touch $@
+
+demo: $(STAMP)            ## the main job on real data, into runs/demo
+	$(BIN)/python launch/demo.py
+
+test: $(STAMP)            ## every test that needs no cluster
+	$(BIN)/python -m pytest -m "not cluster" --durations=10
+
+test-cluster: $(STAMP)    ## tests that start their own Ray head, job server or S3 server
+	$(BIN)/python -m pytest -m cluster --durations=10
+
+check: $(STAMP)           ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)           ## benchmarks, as ratios inside one run
+	$(BIN)/python launch/validate.py collect
+
+validate: $(STAMP)        ## every experiment at full size, resumable, then the README's tables
+	$(BIN)/python launch/validate.py all
+	$(BIN)/python launch/validate.py --tables
+
+clean:
+	rm -rf $(VENV) runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

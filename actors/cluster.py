@@ -1,0 +1,86 @@
+"""Connecting to Ray (a cluster when there is one, else a local start), and how many workers of which kind fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import ray
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    count: int
+    cpus: float  # per worker
+    gpus: float  # per worker
+
+
+def connect(
+    address: str = "auto",  # "auto": RAY_ADDRESS if set, else local; "local"; or an address as ray.init takes it
+    num_cpus: int | None = None,  # CPUs of a local start; None: all cores
+    log_to_driver: bool = False,  # print what workers print
+) -> bool:  # whether an existing cluster was joined
+    """Connect this process to Ray once; a second call changes nothing.
+
+    Inside a Ray job RAY_ADDRESS is set by Ray. A local start has no dashboard, sends no usage statistics and, unless
+    RAY_AUTH_MODE is set, uses no token: left alone, Ray would write one that later clusters of this user then demand.
+    """
+    joins = address not in ("auto", "local") or (address == "auto" and bool(os.environ.get("RAY_ADDRESS")))
+    if ray.is_initialized():
+        return joins
+    if joins:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=log_to_driver)
+        return True
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=log_to_driver,
+    )
+    return False
+
+
+def disconnect() -> None:
+    """Leave the cluster; a local one ends."""
+    ray.shutdown()
+
+
+def nodes() -> list[str]:
+    """Return the ids of the nodes that are alive."""
+    return sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
+def resources() -> dict[str, float]:
+    """Return the cluster's CPUs and GPUs."""
+    total = ray.cluster_resources()
+    return {name: total.get(name, 0.0) for name in ("CPU", "GPU")}
+
+
+def worker_plan(
+    workers: Literal["auto"] | int,
+    device: Device,
+    available: Mapping[str, float],  # what resources() returned
+) -> WorkerPlan:
+    """Return the workers to start: one a GPU where there are any (or asked for), else one a CPU core.
+
+    A number is taken as it is: an autoscaling cluster may have less now than later; a worker that stays pending is
+    named by the pool. ValueError: a device that the cluster does not have.
+    """
+    cpus, gpus = int(available.get("CPU", 0)), int(available.get("GPU", 0))
+    if device == "cuda" and not gpus:
+        raise ValueError(
+            "cluster.device=cuda is not allowed: the cluster has no GPU. Use cpu or auto, or add a GPU node."
+        )
+    if workers != "auto" and workers < 1:
+        raise ValueError(f"cluster.workers={workers} is not allowed: must be auto or at least 1.")
+    on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+    fitting = gpus if on_gpu else cpus
+    return WorkerPlan(max(1, fitting) if workers == "auto" else workers, cpus=1.0, gpus=1.0 if on_gpu else 0.0)

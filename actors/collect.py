@@ -1,0 +1,131 @@
+"""Stages 1a and 1b: look at the model once, then compute every shard's gradient rows into the store."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from actors.context import WorkerContext
+from actors.specs import GradientSpec, ModelSpec
+from actors.units import Receipt, Unit
+from engine.batches import plan_batches
+from engine.coverage import measure_coverage
+from engine.gradients import PerExampleGradients, nonfinite
+from engine.models import architecture, read_state
+from engine.parameters import changed_parameters, select_parameters
+from engine.projection import row_layout
+from engine.tasks.contract import Task
+from storage.gradients import DONE, QUARANTINED, RowBlock
+from storage.locations import ObjectConflict
+
+COVERAGE_WARNING = 0.95
+
+
+def inspect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
+    """Write what the other stages need to know of the model: architecture, chosen parameters, layout, coverage."""
+    model: ModelSpec = settings["model"]
+    last = model.checkpoints[-1].name
+    network = context.model(model, last)
+    moved = _moved(context, model)
+    patterns = (moved or ["*"]) if settings["modules"] == "changed" else settings["modules"]
+    parameters = _select(network, list(patterns))
+    projection = settings["projection"]
+    layout = row_layout(parameters, projection) if settings["stored"] else None
+    report = None
+    if settings["coverage"]:
+        corpus, task = context.corpus(settings["home"], settings["corpus"]), context.task(model)
+        segment = corpus.segments[0]
+        count = min(settings["coverage"], segment.rows)
+        places = [i * segment.rows // count for i in range(count)]
+        rows = [row for place in places for row in corpus.read(segment, place, place + 1)]
+        batches = [task.collate([row]).to(context.device) for row in rows]
+        report = asdict(measure_coverage(network, parameters, task.loss, batches, set(moved) if moved else None))
+    context.run.create_json(
+        unit.payload["key"],
+        {
+            "architecture": architecture(network),
+            "parameters": [p.name for p in parameters],
+            "sizes": [p.size for p in parameters],
+            "model_size": sum(w.numel() for w in network.parameters()),
+            "arrays": layout.arrays if layout else {},
+            "ranges": [asdict(r) for r in layout.ranges] if layout else [],
+            "coverage": report,
+        },
+    )
+    return Receipt(unit.key)
+
+
+def _moved(context: WorkerContext, model: ModelSpec) -> list[str]:
+    """Return the parameters that differ between the first and the last checkpoint; none if there is only one."""
+    if len(model.checkpoints) < 2:
+        return []
+    first, last = (read_state(context.folder(model, model.checkpoints[i].name)) for i in (0, -1))
+    return changed_parameters(first, last)
+
+
+def _select(network: nn.Module, patterns: list[str]) -> list:
+    """Return the chosen parameters; names in a state dict that are no parameters (buffers) are passed over."""
+    names = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    known = [p for p in patterns if p in names or any(c in p for c in "*?[") or not _in_state(network, p)]
+    return select_parameters(network, known)
+
+
+def _in_state(network: nn.Module, name: str) -> bool:
+    return name in network.state_dict()
+
+
+def collect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
+    """Compute one shard's gradient rows under one checkpoint and write them to the store."""
+    model, spec = settings["model"], settings["gradients"]
+    at = unit.payload
+    hooks = context.gradients(model, at["checkpoint"], spec)
+    task = context.task(model)
+    rows = context.rows(None, at["set"], at)
+    shard = shard_gradients(hooks, task, rows, spec, context.device)
+    store = context.store(None)
+    where = (at["set"], at["checkpoint"], at["segment"], at["start"])
+    try:
+        objects = store.write(*where, shard)
+    except ObjectConflict:
+        # an earlier attempt without a done-record wrote other bytes (another machine type): all of it goes
+        store.delete_shard(*where)
+        objects = store.write(*where, shard)
+    return receipt_of(unit, rows, shard.state, objects)
+
+
+def receipt_of(unit: Unit, rows: list[dict], state: np.ndarray, objects: list) -> Receipt:
+    bad = tuple(int(rows[i]["id"]) for i in np.flatnonzero(state == QUARANTINED))
+    return Receipt(
+        unit.key,
+        rows=len(rows),
+        tokens=int(sum(row["length"] for row in rows)),
+        bytes=sum(o.size for o in objects),
+        quarantined=bad,
+        objects=[asdict(o) for o in objects],
+    )
+
+
+def shard_gradients(
+    hooks: PerExampleGradients, task: Task, rows: list[dict], spec: GradientSpec, device: torch.device
+) -> RowBlock:
+    """Return the gradient rows, losses and norms of a shard in row order; a non-finite row is quarantined, all NaN."""
+    n, layout = len(rows), hooks.projector.layout
+    arrays = {name: np.empty((n, width), dtype=np.float32) for name, width in layout.arrays.items()}
+    losses, state = np.empty(n), np.full(n, DONE, dtype=np.uint8)
+    norms = np.empty((n, len(spec.parameters)), dtype=np.float32) if spec.norms else None
+    for positions in plan_batches(np.array([row["length"] for row in rows]), spec.token_budget):
+        out = hooks(task.loss, task.collate([rows[i] for i in positions]).to(device))
+        for name, array in arrays.items():
+            array[positions] = out.arrays[name].cpu().numpy()
+        losses[positions] = out.losses.cpu().numpy()
+        if norms is not None and out.norms is not None:
+            norms[positions] = out.norms.cpu().numpy()
+        for position in nonfinite(out, layout):
+            row = positions[position]
+            state[row] = QUARANTINED
+            losses[row] = np.nan
+            for array in [*arrays.values()] + ([] if norms is None else [norms]):
+                array[row] = np.nan
+    return RowBlock(arrays, losses, norms, state)

@@ -1,0 +1,181 @@
+"""Stage 4: merge the shards' scores into the index that answers queries. One shard is held at a time."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actors.score import ShardScores, load_scores, scores_key
+from actors.specs import ModelSpec, ScoreSpec
+from actors.states import load_state
+from engine.knn import build_neighbours, faiss_module, recall, search
+from engine.topk import TopK, merge
+from storage.corpus import Corpus
+from storage.gradients import DONE, QUARANTINED, GradientStore
+from storage.index import SIDES, write_index
+from storage.locations import Location
+
+SNIPPET = 300  # characters
+GROUP_ROWS = 4096  # rows of a row group of the corpus
+_TABLE_ROWS = 16_384
+_BRIEF = [("source_id", pa.string()), ("label", pa.string()), ("snippet", pa.string())]
+_BY_QUERY = pa.schema(
+    [("query", pa.int64()), ("query_source_id", pa.string()), ("side", pa.string()), ("rank", pa.int64()),
+     ("id", pa.int64()), ("score", pa.float64()), *_BRIEF]
+)  # fmt: skip
+_BY_EXAMPLE = pa.schema(
+    [("id", pa.int64()), ("self_influence", pa.float64()), ("total", pa.float64()), ("loss", pa.float64()),
+     ("quarantined", pa.bool_()), *_BRIEF]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class IndexJob:
+    """What the index is built from."""
+
+    run: Location
+    model: ModelSpec
+    score: ScoreSpec
+    score_unit: str
+    granularity: str
+    projection: dict[str, Any]
+    shards: list[dict[str, Any]]
+
+    @property
+    def home(self) -> Location:
+        return Location.parse(self.score.home) if self.score.home else self.run
+
+
+def build_index(job: IndexJob) -> None:
+    """Merge every query's top-k over the shards in id order and write both tables with the scores' description."""
+    top: TopK | None = None
+    for shard in _shards(job):
+        top = shard.top if top is None else merge(top, shard.top, job.score.top_k)
+    assert top is not None
+    train = Corpus.open(job.home, job.score.corpus)
+    queries = Corpus.open(job.run, job.score.queries)
+    write_index(job.run, job.score.label, describe(job), by_query(top, train, queries), by_example(job, train))
+
+
+def describe(job: IndexJob) -> dict[str, Any]:
+    """Return what every stored score says of itself."""
+    return {
+        "method": job.score.method, "method_settings": job.score.method_settings, "score_unit": job.score_unit,
+        "sign": "positive: training on the example lowered the query's loss (a proponent)",
+        "granularity": job.granularity, "projection": job.projection if job.score.stored else {"kind": "none"},
+        "queries": job.score.queries, "corpus": job.score.corpus, "corpus_home": job.score.home,
+        "checkpoints": [vars(job.model.checkpoint(name)) for name in job.score.checkpoints],
+        "top_k": job.score.top_k, "totals": "sum over all queries of the set", "damping": None,
+    }  # fmt: skip
+
+
+def by_query(top: TopK, train: Corpus, queries: Corpus) -> Iterator[pa.Table]:
+    """Yield rows of some queries at a time: proponents then opponents, best first, with a snippet of the example."""
+    briefs = find_briefs(train, np.unique(top.ids))
+    count, k = top.ids.shape[1:]
+    step = max(1, _TABLE_ROWS // (2 * max(1, k)))
+    for begin in range(0, count, step):
+        rows = []
+        for query in range(begin, min(begin + step, count)):
+            asked = queries.row(query)["source_id"]
+            for side, name in enumerate(SIDES):
+                for rank, (example, score) in enumerate(
+                    zip(top.ids[side, query], top.scores[side, query], strict=True)
+                ):
+                    place = {"query": query, "query_source_id": asked, "side": name, "rank": rank}
+                    rows.append(place | {"id": int(example), "score": float(score), **briefs[int(example)]})
+        yield pa.Table.from_pylist(rows, schema=_BY_QUERY)
+
+
+def by_example(job: IndexJob, train: Corpus) -> Iterator[pa.Table]:
+    """Yield one shard's examples at a time, in id order."""
+    segments = {s.name: s for s in train.segments}
+    for piece, shard in zip(job.shards, _shards(job), strict=True):
+        records = train.read(segments[piece["segment"]], piece["start"], piece["stop"])
+        numbers = {"self_influence": shard.self_influence, "total": shard.totals, "loss": shard.losses}
+        columns: dict[str, Any] = {"id": shard.ids}
+        columns |= {name: pa.array(values, from_pandas=True) for name, values in numbers.items()}  # NaN -> null
+        columns["quarantined"] = shard.state == QUARANTINED
+        briefs = [brief(record) for record in records]
+        columns |= {name: [b[name] for b in briefs] for name in ("source_id", "label", "snippet")}
+        yield pa.Table.from_pydict(columns, schema=_BY_EXAMPLE)
+
+
+def find_briefs(corpus: Corpus, ids: np.ndarray) -> dict[int, dict[str, Any]]:
+    """Return the brief of every given id, reading each row group that holds one once."""
+    found: dict[int, dict[str, Any]] = {}
+    for segment in corpus.segments:
+        inside = ids[(ids >= segment.base) & (ids < segment.base + segment.rows)] - segment.base
+        for group in np.unique(inside // GROUP_ROWS):
+            here = inside[inside // GROUP_ROWS == group]
+            first = int(here[0])
+            records = corpus.read(segment, first, int(here[-1]) + 1)
+            found |= {segment.base + int(i): brief(records[int(i) - first]) for i in here}
+    return found
+
+
+def brief(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what an index row shows of an example: the corpus's own id, its label and the first text field's beginning."""
+    text = record.get("text")
+    if not isinstance(text, str):
+        hidden = ("source_id", "label")
+        text = next((v for k, v in record.items() if isinstance(v, str) and k not in hidden), "")
+    label = next((record[k] for k in ("label", "labels", "target") if k in record), None)
+    return {
+        "source_id": str(record["source_id"]),
+        "label": None if label is None else str(label),
+        "snippet": text if len(text) <= SNIPPET else text[: SNIPPET - 1] + "…",
+    }
+
+
+def _shards(job: IndexJob) -> Iterator[ShardScores]:
+    for piece in job.shards:
+        yield load_scores(job.run, scores_key(job.score.label, piece))
+
+
+def neighbour_rows(job: IndexJob) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ids and √η_i-scaled rows of all checkpoints side by side, quarantined examples left out."""
+    home = job.home
+    store = GradientStore.open(home)
+    segments = {s.name: s for s in Corpus.open(home, job.score.corpus).segments}
+    for piece in job.shards:
+        parts, good = [], None
+        for name in job.score.checkpoints:
+            block = store.read(job.score.corpus, name, piece["segment"], piece["start"], piece["stop"])
+            weight = load_state(job.run, job.score.label, name).weight
+            parts += [array * np.float32(weight**0.5) for array in block.rows.values()]
+            good = (block.state == DONE) if good is None else good & (block.state == DONE)
+        ids = segments[piece["segment"]].base + np.arange(piece["start"], piece["stop"], dtype=np.int64)
+        yield ids[good], np.concatenate(parts, axis=1)[good]
+
+
+def query_vectors(job: IndexJob) -> np.ndarray:
+    """Return the stored queries as the neighbour index is asked: √η_i-scaled, side by side, float32 [Q, width]."""
+    parts = []
+    for name in job.score.checkpoints:
+        state = load_state(job.run, job.score.label, name)
+        parts += [array * state.weight**0.5 for array in state.arrays.values()]
+    return torch.cat(parts, 1).numpy()
+
+
+def build_neighbour_index(job: IndexJob, kind: str, say: Callable[[str], None]) -> None:
+    """Build a FAISS index for new queries, and print its recall@100 against the exact answer on the stored ones."""
+    faiss = faiss_module()
+    count = sum(p["stop"] - p["start"] for p in job.shards)
+    queries = query_vectors(job)
+    index = build_neighbours(kind, neighbour_rows(job), count, queries.shape[1])
+    k = min(100, job.score.top_k, count)
+    top: TopK | None = None
+    for shard in _shards(job):
+        top = shard.top if top is None else merge(top, shard.top, k)
+    assert top is not None
+    found, _ = search(index, queries, k)
+    measured = recall(found[0], top.ids[0][:, :k])
+    key = f"index/{job.score.label}/neighbours-{kind}.faiss"
+    job.run.create(key, faiss.serialize_index(index).tobytes())
+    say(
+        f"{kind} index of {count:,} rows × {queries.shape[1]:,}: recall@{k} {measured:.3f} on {len(queries)} stored queries"
+    )

@@ -1,0 +1,51 @@
+"""From a corpus and a model's size to shards: which rows make a unit of work.
+
+The length of a shard follows from bytes, tokens and rows alone, never from a timing, so that every machine cuts alike.
+"""
+
+from typing import Any
+
+from actors.units import Unit
+from storage.corpus import Corpus
+from storage.gradients import shard_rows_for
+
+_FLOPS = 2e12  # of one unit: about 20 s on one CPU core, a second on a GPU
+_LEAST, _MOST = 32, 8192
+_PIECES = 16  # a small corpus is still cut, so that workers share it
+
+
+def shard_rows(corpus: Corpus, model_size: int, columns: int, itemsize: int) -> int:
+    """Return the rows of a shard, a power of two: the largest within 16 MiB of rows and 2·10^12 operations."""
+    by_bytes = shard_rows_for(columns, itemsize) if columns else _MOST
+    tokens = sum(s.tokens for s in corpus.segments) / max(1, corpus.rows)
+    by_work = _FLOPS / (4 * model_size * max(1.0, tokens))  # forward 2, activation-only backward 2 per number and token
+    by_share = -(-corpus.rows // _PIECES)
+    return power_below(max(_LEAST, min(by_bytes, by_work, max(_LEAST, by_share), _MOST)))
+
+
+def power_below(number: float) -> int:
+    """Return the largest power of two that is not above the number."""
+    return 1 << (int(number).bit_length() - 1)
+
+
+def shards(corpus: Corpus, rows: int) -> list[dict[str, Any]]:
+    """Return segment, start and stop of every shard, in id order; no shard crosses a segment."""
+    return [
+        {"segment": segment.name, "start": start, "stop": min(start + rows, segment.rows)}
+        for segment in corpus.segments
+        for start in range(0, segment.rows, rows)
+    ]
+
+
+def shard_units(pieces: list[dict[str, Any]], name: str) -> list[Unit]:
+    """Return one unit per shard of a set."""
+    return [Unit(f"{name}-{p['segment']}-{p['start']:09d}", p | {"set": name}) for p in pieces]
+
+
+def checkpoint_units(checkpoints: tuple[str, ...], pieces: list[dict[str, Any]], name: str) -> list[Unit]:
+    """Return one unit per checkpoint and shard, the checkpoint in the outer loop: a worker keeps its model."""
+    return [
+        Unit(f"{checkpoint}-{name}-{p['segment']}-{p['start']:09d}", p | {"set": name, "checkpoint": checkpoint})
+        for checkpoint in checkpoints
+        for p in pieces
+    ]

@@ -1,0 +1,135 @@
+"""What a person sees of a running stage: a bar on a terminal, plain lines elsewhere, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from actors.units import Receipt
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did. Rows, tokens, bytes and seconds are those of this run, quarantined ids those of the stage."""
+
+    stage: str
+    units: int  # in the stage
+    skipped: int  # of them done by an earlier run
+    rows: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0  # wall clock
+    peak_memory: int = 0  # of the largest worker, in bytes
+    retries: int = 0  # units that were started again
+    quarantined: tuple[int, ...] = ()
+
+
+class StageProgress:
+    """Shows one stage after another on a console."""
+
+    def __init__(
+        self,
+        console: Console | None = None,  # None: standard error
+        clock: Callable[[], float] = time.monotonic,
+        every: float = 5.0,  # seconds between plain lines
+    ) -> None:
+        self.console = console or Console(stderr=True)
+        self.clock = clock
+        self.every = every
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def begin(self, stage: str, units: int, done: int) -> None:
+        """Start a stage of so many units, of which some were done before."""
+        self._stage, self._units, self._done, self._skipped, self._rows = stage, units, done, done, 0
+        self._began = self._spoke = self.clock()
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task(stage, total=units, completed=done, status=self._status())
+            self._bar.start()
+        else:
+            self._say(f"{stage}: {units} units" + (f", {done} of them done before" if done else ""))
+
+    def advance(self, receipt: Receipt) -> None:
+        """Count one finished unit."""
+        self._done += 1
+        self._rows += receipt.rows
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, status=self._status())
+        elif self.clock() - self._spoke >= self.every:
+            self._spoke = self.clock()
+            self._say(f"{self._stage}: {self._status()}")
+
+    def note(self, text: str) -> None:
+        """Show a line that must not be missed: a failure, a lost worker."""
+        self._say(f"{self._stage}: {text}")
+
+    def end(self, report: StageReport, finished: bool) -> None:
+        """Close the stage and show what this run did; `finished` is false when it stopped or was interrupted."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+        self.console.print(report_table(report))
+        if not finished:
+            self._say(f"{self._stage}: stopped with {self._done} of {self._units} units done; run again to resume.")
+
+    def _status(self) -> str:
+        elapsed = self.clock() - self._began
+        return status_line(self._done, self._units, self._done - self._skipped, self._rows, elapsed)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def status_line(done: int, units: int, done_here: int, rows: int, elapsed: float) -> str:
+    """Return `40/96 units, 312 rows/s, 3 min left`; rate and time left once a unit was done in this run."""
+    counted = f"{done}/{units} units"
+    if not done_here or elapsed <= 0:
+        return counted
+    left = (units - done) * elapsed / done_here
+    return f"{counted}, {rows / elapsed:,.0f} rows/s, {duration(left)} left"
+
+
+def report_table(report: StageReport) -> Table:
+    """Return the closing table of a stage."""
+    table = Table(title=f"stage {report.stage}", show_header=False, title_justify="left")
+    per_second = 1 / report.seconds if report.seconds > 0 else 0.0
+    before = f" ({report.skipped} of them before)" if report.skipped else ""
+    table.add_row("units", f"{report.units}{before} in {duration(report.seconds)}")
+    table.add_row("rows", f"{report.rows:,} ({report.rows * per_second:,.0f}/s)")
+    table.add_row("tokens", f"{report.tokens:,} ({report.tokens * per_second:,.0f}/s)")
+    table.add_row("written", size(report.bytes))
+    table.add_row("peak memory", f"{size(report.peak_memory)} a worker")
+    table.add_row("retries", str(report.retries))
+    table.add_row("quarantined", quarantined_text(report.quarantined))
+    return table
+
+
+def quarantined_text(ids: tuple[int, ...]) -> str:
+    """Return how many rows were set aside, and the first ten ids."""
+    if not ids:
+        return "0"
+    return f"{len(ids)} (ids {', '.join(map(str, ids[:10]))}{', …' if len(ids) > 10 else ''})"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `42 s`, `3 min` or `2 h 05 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Return bytes in binary units, `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,182 @@
+"""Stage 3: every shard against the query state, in one unit with all checkpoints, down to a top-k and a few sums.
+
+From the store a unit is a shard. Without one, units of (checkpoint, shard) compute gradient rows, multiply them with the
+state and drop them; their blocks are then added per shard in checkpoint order, as the store's are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import Tensor
+
+from actors.collect import receipt_of
+from actors.context import WorkerContext
+from actors.specs import GradientSpec, ScoreSpec
+from actors.units import Receipt, Unit
+from engine.batches import plan_batches
+from engine.gradients import PerExampleGradients, nonfinite
+from engine.methods.contract import QueryState, Rows, load_method
+from engine.tasks.contract import Task
+from engine.topk import TopK, top_k
+from storage.gradients import DONE, QUARANTINED
+from storage.locations import Location, ObjectRecord
+
+_QUERY_BLOCK = 1024  # queries multiplied with a shard at a time
+
+
+@dataclass(frozen=True)
+class ShardScores:
+    """What one shard leaves behind: the best and worst of it for every query, and one number per example and kind."""
+
+    ids: np.ndarray  # int64 [n]
+    state: np.ndarray  # uint8 [n]: 1 scored, 2 quarantined
+    top: TopK
+    totals: np.ndarray  # float64 [n]: Σ over queries
+    self_influence: np.ndarray  # float64 [n], NaN without exact norms
+    losses: np.ndarray  # float64 [n] at the last checkpoint
+    dense: np.ndarray | None  # float32 [n, Q] if asked for
+
+
+Part = tuple[float, np.ndarray, Tensor, Tensor | None, np.ndarray]  # weight, state, scores, self-influence, losses
+
+
+def score_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
+    """Score one shard under all checkpoints, from stored rows or from computed blocks, and save what is kept."""
+    spec: ScoreSpec = settings["score"]
+    at = unit.payload
+    rows = context.rows(spec.home, spec.corpus, at)
+    ids = np.array([row["id"] for row in rows], dtype=np.int64)
+    parts = stored_parts(context, settings, at, ids) if spec.stored else computed_parts(context, spec, at)
+    shard = add_up(ids, parts, spec)
+    key = scores_key(spec.label, at)
+    data = save_scores(shard)
+    context.run.create(key, data)
+    return receipt_of(unit, rows, shard.state, [ObjectRecord.of(key, data)])
+
+
+def stored_parts(
+    context: WorkerContext, settings: dict[str, Any], at: dict[str, Any], ids: np.ndarray
+) -> Iterator[Part]:
+    """Yield every checkpoint's block of this shard, from the rows in the store."""
+    spec: ScoreSpec = settings["score"]
+    for name in spec.checkpoints:
+        yield state_block(context, spec, settings["gradients"], at, ids, name, context.state(spec.label, name))
+
+
+def state_block(
+    context: WorkerContext, spec: ScoreSpec, gradients: GradientSpec, at: dict[str, Any], ids: np.ndarray,
+    checkpoint: str, state: QueryState,
+) -> Part:  # fmt: skip
+    """Return one checkpoint's block of a shard: its stored rows against the query state."""
+    method = load_method(spec.method, spec.method_settings)
+    block = context.store(spec.home).read(spec.corpus, checkpoint, at["segment"], at["start"], at["stop"])
+    arrays = {name: torch.from_numpy(array) for name, array in block.rows.items()}
+    norms = None if block.norms is None else torch.from_numpy(block.norms)
+    rows = Rows(torch.from_numpy(ids), arrays, norms, gradients.parameters)
+    blocks = [method.score(rows, part) for part in query_blocks(state)]
+    return state.weight, block.state, torch.cat([b.scores for b in blocks], 1), blocks[0].self_influence, block.losses
+
+
+def query_blocks(state: QueryState) -> Iterator[QueryState]:
+    """Yield the state in windows of queries, so that products stay small however many are asked."""
+    for begin in range(0, len(state.losses), _QUERY_BLOCK):
+        window = slice(begin, begin + _QUERY_BLOCK)
+        arrays = {name: array[window] for name, array in state.arrays.items()}
+        norms = None if state.norms is None else state.norms[window]
+        yield QueryState(arrays, norms, state.losses[window], state.weight, state.chosen, state.candidates)
+
+
+def add_up(ids: np.ndarray, parts: Iterator[Part], spec: ScoreSpec) -> ShardScores:
+    """Return the shard's scores: Σ weight · block in checkpoint order, float64, before any top-k."""
+    total, own, state, losses = None, None, None, None
+    for weight, here, scores, squares, losses in parts:  # noqa: B007  the last checkpoint's losses stay
+        block = weight * scores.double().numpy()
+        total = block if total is None else total + block
+        if squares is not None:
+            own = weight * squares.double().numpy() + (0.0 if own is None else own)
+        state = here.copy() if state is None else np.maximum(state, here)
+    assert total is not None
+    assert state is not None
+    good = state == DONE
+    totals = np.where(good, total.sum(1), np.nan)
+    own = np.full(len(ids), np.nan) if own is None else np.where(good, own, np.nan)
+    dense = np.where(good[:, None], total, np.nan).astype(np.float32) if spec.dense else None
+    return ShardScores(ids, state, top_k(ids[good], total[good], spec.top_k), totals, own, np.asarray(losses), dense)
+
+
+def compute_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
+    """Compute one shard's block [n, Q] under one checkpoint from its examples, keeping no gradient row."""
+    model, spec, score = settings["model"], settings["gradients"], settings["score"]
+    at = unit.payload
+    state = context.state(score.label, at["checkpoint"])
+    rows = context.rows(score.home, score.corpus, at)
+    whole = spec.projection.kind == "none"
+    hooks = context.gradients(model, at["checkpoint"], spec, "onto" if whole else "rows", state)
+    method = load_method(score.method, score.method_settings)
+    n, queries = len(rows), len(state.losses)
+    block = {"scores": np.full((n, queries), np.nan, dtype=np.float64), "self_influence": np.full(n, np.nan)}
+    block |= {"losses": np.full(n, np.nan), "state": np.full(n, DONE, dtype=np.uint8)}
+    for positions in plan_batches(np.array([row["length"] for row in rows]), spec.token_budget):
+        _compute_batch(block, positions, hooks, context.task(model), rows, state, method, spec, context.device, whole)
+    data = safetensors.numpy.save(block)
+    key = block_key(score.label, at)
+    context.run.create(key, data)
+    return receipt_of(unit, rows, block["state"], [ObjectRecord.of(key, data)])
+
+
+def _compute_batch(
+    block: dict[str, np.ndarray], positions: np.ndarray, hooks: PerExampleGradients, task: Task, rows: list[dict],
+    state: QueryState, method: Any, spec: GradientSpec, device: torch.device, whole: bool,
+) -> None:  # fmt: skip
+    """Fill one batch's lines of the block."""
+    out = hooks(task.loss, task.collate([rows[i] for i in positions]).to(device))
+    arrays = {name: array.cpu() for name, array in out.arrays.items()}
+    norms = None if out.norms is None else out.norms.cpu()
+    given = (
+        Rows(out.ids, {}, norms, spec.parameters, arrays["rows"])
+        if whole
+        else Rows(out.ids, arrays, norms, spec.parameters)
+    )
+    scored = method.score(given, state)
+    block["scores"][positions] = scored.scores.double().numpy()
+    if scored.self_influence is not None:
+        block["self_influence"][positions] = scored.self_influence.numpy()
+    block["losses"][positions] = out.losses.cpu().numpy()
+    for bad in nonfinite(out, hooks.projector.layout):
+        block["state"][positions[bad]] = QUARANTINED
+
+
+def computed_parts(context: WorkerContext, spec: ScoreSpec, at: dict[str, Any]) -> Iterator[Part]:
+    """Yield every checkpoint's block of this shard, from what compute_unit wrote."""
+    for checkpoint in spec.checkpoints:
+        block = safetensors.numpy.load(context.run.read(block_key(spec.label, at | {"checkpoint": checkpoint})))
+        own = block["self_influence"]
+        state = context.state(spec.label, checkpoint)
+        squares = None if np.isnan(own).all() else torch.from_numpy(own)
+        yield state.weight, block["state"], torch.from_numpy(block["scores"]), squares, block["losses"]
+
+
+def block_key(label: str, at: dict[str, Any]) -> str:
+    return f"scores/{label}/blocks/{at['checkpoint']}/{at['segment']}-{at['start']:09d}.safetensors"
+
+
+def scores_key(label: str, at: dict[str, Any]) -> str:
+    return f"scores/{label}/shards/{at['segment']}-{at['start']:09d}.safetensors"
+
+
+def save_scores(shard: ShardScores) -> bytes:
+    arrays = {k: v for k, v in vars(shard).items() if k not in ("top", "dense")}
+    arrays |= {"top_ids": shard.top.ids, "top_scores": shard.top.scores}
+    if shard.dense is not None:
+        arrays["dense"] = shard.dense
+    return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+def load_scores(run: Location, key: str) -> ShardScores:
+    arrays = safetensors.numpy.load(run.read(key))
+    top = TopK(arrays.pop("top_ids"), arrays.pop("top_scores"))
+    return ShardScores(**arrays | {"top": top, "dense": arrays.get("dense")})

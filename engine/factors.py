@@ -1,0 +1,83 @@
+"""The two factors of a per-example gradient G = Σ_t a_t b_tᵀ, and exact norms from them.
+
+A factor is dense, or a list of indices that stand for one-hot vectors (the vocabulary side of an embedding). Norms use
+‖G‖² = Σ_{t,s} (a_t·a_s)(b_t·b_s), TracIn appendix F extended to sequences, or G itself where that is cheaper.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MATERIALISED = 1 << 24  # numbers of full gradients held at a time
+
+
+@dataclass(frozen=True)
+class Factor:
+    """[B, T, n] vectors, or with `one_hot` = n: [B, T] indices of one-hot vectors of that length."""
+
+    values: Tensor
+    one_hot: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.one_hot or self.values.shape[-1]
+
+    def project(self, matrix: Tensor | None) -> Tensor:
+        """Return [B, T, k]: every vector times the (k, n) matrix; unchanged, and dense, without one."""
+        if self.one_hot:
+            if matrix is None:
+                return F.one_hot(self.values, self.one_hot).float()
+            return matrix.T[self.values]
+        return self.values if matrix is None else self.values @ matrix.T.to(self.values.dtype)
+
+
+def gradient_vector(a: Factor, b: Factor) -> Tensor:
+    """Return the whole gradients, [B, O·I]."""
+    if a.one_hot and not b.one_hot:
+        return gradient_vector(b, a).reshape(len(b.values), b.width, a.width).transpose(1, 2).flatten(1)
+    if b.one_hot:
+        dense = a.values
+        out = dense.new_zeros(dense.shape[0], b.width, a.width)
+        index = b.values.unsqueeze(-1).expand_as(dense)
+        return out.scatter_add_(1, index, dense).transpose(1, 2).flatten(1)
+    return torch.bmm(a.values.transpose(1, 2), b.values).flatten(1)
+
+
+def gram(a: Factor, b: Factor) -> Tensor:
+    """Return [B, T, S]: the dot products of every vector of one factor with every vector of the other, per example."""
+    if a.one_hot and b.one_hot:
+        return (a.values.unsqueeze(2) == b.values.unsqueeze(1)).float()
+    if a.one_hot:
+        return gram(b, a).transpose(1, 2)
+    if b.one_hot:
+        index = b.values.unsqueeze(1).expand(-1, a.values.shape[1], -1)
+        return a.values.gather(2, index)
+    return torch.bmm(a.values, b.values.transpose(1, 2))
+
+
+def squared_norm(calls: list[tuple[Factor, Factor]]) -> Tensor:
+    """Return [B]: ‖Σ over calls of Σ_t a_t b_tᵀ‖², cross terms between the calls included. Exact."""
+    if len(calls) == 1 and _cheaper_materialised(*calls[0]):
+        return _materialised_norm(*calls[0])
+    total = torch.zeros(len(calls[0][0].values), device=calls[0][0].values.device, dtype=torch.float64)
+    for i, (a, b) in enumerate(calls):
+        for j, (c, d) in enumerate(calls[: i + 1]):
+            product = (gram(a, c) * gram(b, d)).sum((1, 2)).double()
+            total += product if i == j else 2 * product
+    return total
+
+
+def _cheaper_materialised(a: Factor, b: Factor) -> bool:
+    """Tell whether T·O·I multiplications are fewer than T²·(O + I)."""
+    return not a.one_hot and not b.one_hot and a.width * b.width < a.values.shape[1] * (a.width + b.width)
+
+
+def _materialised_norm(a: Factor, b: Factor) -> Tensor:
+    step = max(1, _MATERIALISED // (a.width * b.width))
+    parts = []
+    for begin in range(0, len(a.values), step):
+        window = slice(begin, begin + step)
+        parts.append(gradient_vector(Factor(a.values[window]), Factor(b.values[window])).square().sum(1).double())
+    return torch.cat(parts)

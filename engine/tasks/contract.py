@@ -1,0 +1,100 @@
+"""What a task is: how records become batches and per-example losses.
+
+A user's own class needs `build`, `collate` and `loss`; the rest has defaults here. One convention holds everywhere:
+losses are [B], summed over an example's tokens, never over the batch.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.batches import Batch
+from engine.models import import_path, last_linear_input
+
+
+class Task(Protocol):
+    """The part of the contract that every task has."""
+
+    def build(self, folder: Path) -> nn.Module: ...
+    def collate(self, rows: list[dict]) -> Batch: ...
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
+
+
+BUILT_IN = {
+    "text-classification": "engine.tasks.text_classification:TextClassification",
+    "causal-lm": "engine.tasks.causal_lm:CausalLM",
+    "image-classification": "engine.tasks.image_classification:ImageClassification",
+    "regression": "engine.tasks.regression:Regression",
+}
+
+
+def with_model_folder(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a built-in task's settings with tokenizer and class names taken from the model's own folder unless given."""
+    if name not in BUILT_IN or settings.get("factory"):
+        return settings
+    defaults = {"model": str(folder)}
+    if name != "image-classification":
+        defaults["tokenizer"] = str(folder)
+    return defaults | settings
+
+
+def load_task(name: str, settings: dict[str, Any]) -> Task:
+    """Return a built-in task, or the user's own class by dotted path, made with these settings.
+
+    Raises ValueError for an unknown name, for settings the class does not take, and for a class without the contract.
+    """
+    if name not in BUILT_IN and ":" not in name:
+        raise ValueError(f"task.name={name!r} is not known: use one of {', '.join(BUILT_IN)}, or package.module:Class")
+    made = import_path(BUILT_IN.get(name, name))
+    try:
+        task = made(**settings)
+    except TypeError as error:
+        raise ValueError(f"task {name} does not take these settings {sorted(settings)}: {error}") from error
+    for method in ("build", "collate", "loss"):
+        if not callable(getattr(task, method, None)):
+            raise ValueError(f"task {name} has no method {method!r}: build, collate and loss are required")
+    return task
+
+
+def encode(task: Task, record: dict) -> list[dict]:
+    """Return what the task adds to a record at ingest, one dict per example; nothing by default."""
+    own = getattr(task, "encode", None)
+    return own(record) if own else [{}]
+
+
+def measurement(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    """Return what a query asks about, [B]: the loss unless the task says otherwise."""
+    own = getattr(task, "measurement", None)
+    return own(model, batch) if own else task.loss(model, batch)
+
+
+def features(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    """Return [B, H] features: by default the input of the last Linear, averaged over unpadded positions if it has any."""
+    own = getattr(task, "features", None)
+    if own:
+        return own(model, batch)
+    seen = last_linear_input(model, lambda: task.loss(model, batch))
+    if seen.dim() == 2:
+        return seen
+    seen, mask = seen.flatten(1, -2), batch.tensors.get("attention_mask")
+    if mask is None or mask.shape != seen.shape[:2]:
+        return seen.mean(1)
+    return torch.einsum("bth,bt->bh", seen, mask.to(seen.dtype)) / mask.sum(1, keepdim=True)
+
+
+def initialise(task: Task, folder: Path | None) -> nn.Module:
+    """Return the model that training starts from: the task's own choice, or what `build` reads from the folder."""
+    own = getattr(task, "initialise", None)
+    if own:
+        return own(folder)
+    if folder is None:
+        raise ValueError("train.base is missing: this task's `build` needs a folder to start from")
+    return task.build(folder)
+
+
+def predict(task: Task, model: nn.Module, batch: Batch) -> list[Any] | None:
+    """Return the model's own answers, one per example; None if the task has no notion of one."""
+    own = getattr(task, "predict", None)
+    return own(model, batch) if own else None

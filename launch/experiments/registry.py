@@ -1,0 +1,55 @@
+"""The experiments and benchmarks that launch/validate.py can run, each in a file of its own.
+
+An experiment is a list of cells (the smallest piece that is worth resuming) and a summary of the cells' results as gates.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engine.models import import_path
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One figure with what is asked of it; `threshold` None: reported only."""
+
+    name: str
+    value: float
+    ci: tuple[float, float] | None = None  # 95 %
+    threshold: float | None = None
+    at_least: bool = True
+    paper: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the gate as `--json` prints it; `pass` is None where nothing is asked."""
+        passed = None
+        if self.threshold is not None:
+            passed = self.value >= self.threshold if self.at_least else self.value <= self.threshold
+        return {**asdict(self), "pass": passed}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment's file exports under the name EXPERIMENT."""
+
+    name: str
+    claim: str  # one line: what it shows
+    minutes: float  # about, at full size on 2 cores
+    cells: Callable[[dict[str, Any]], list[str]]  # config -> names
+    run: Callable[[dict[str, Any], str], dict[str, Any]]  # config, cell -> small JSON
+    gates: Callable[[dict[str, Any], dict[str, dict[str, Any]]], list[Gate]]  # config, results by cell -> gates
+    plot: Callable[[dict[str, Any], dict[str, dict[str, Any]], str], None] | None = None  # …, folder
+
+
+EXPERIMENTS = {
+    "tracin.mislabel": "launch.experiments.tracin_mislabel:EXPERIMENT",
+    "collect": "launch.experiments.collect:EXPERIMENT",
+}
+
+
+def load_experiment(name: str) -> Experiment:
+    """Return the named experiment. Raises ValueError naming those there are."""
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment {name!r} is not known: one of {', '.join(EXPERIMENTS)}, or all")
+    return import_path(EXPERIMENTS[name])

@@ -1,0 +1,41 @@
+"""Score a training corpus for a set of queries: the main job.
+
+    python launch/score.py CONFIG [section.key=value …]
+    ray job submit --working-dir . -- python launch/score.py CONFIG …
+
+Run it again after any interruption: what is done is kept, and the result is the same.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from launch.config import describe_config, load_config
+from launch.job import score
+from launch.messages import plain_errors
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    config: Annotated[str | None, typer.Argument(help="YAML file")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+) -> None:
+    """Score the corpus of CONFIG and write the index."""
+    with plain_errors():
+        if config is None:
+            raise ValueError("CONFIG is missing: name a YAML file. `--help` prints every section and field.")
+        settings = load_config(config, overrides)
+        label = score(settings)
+        print(f"scores {label} are in {settings.run.uri}")
+        print(f"ask: python launch/query.py {settings.run.uri} --query 0")
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        print(describe_config())
+    else:
+        app()

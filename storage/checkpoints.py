@@ -1,0 +1,167 @@
+"""Finding a model's checkpoints: their order, steps and learning rates, and a fingerprint of their weights.
+
+Reads what the Hugging Face Trainer leaves behind. Loading weights into a model is the engine's affair.
+"""
+
+import bisect
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.locations import Location
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+NOT_WEIGHTS = (
+    "optimizer.",
+    "scheduler.",
+    "rng_state",
+    "scaler.",
+    "training_args.",
+)  # a Trainer's other .pt and .bin files
+STATE = "trainer_state.json"
+CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """One checkpoint; `how` says where its learning rate comes from."""
+
+    name: str
+    path: Location
+    step: int
+    learning_rate: float | None  # None: not known, which only methods that weigh by it refuse
+    how: str  # "given", "logged", "interpolated between steps 100 and 200", "constant" or "unknown"
+
+
+def find_checkpoints(
+    source: str | Sequence[str | dict[str, Any]],  # a folder, or a list of folders or {path, learning_rate, step}
+    learning_rates: Sequence[float]
+    | float
+    | None = None,  # given by the user: one for all, or one each in order of step
+) -> list[CheckpointRef]:
+    """Return the checkpoints in order of step.
+
+    A folder with checkpoint-<step> folders gives those, with learning rates from the last one's trainer_state.json
+    (interpolated linearly between logged steps); any other folder that holds weights is one checkpoint.
+    FileNotFoundError says what was looked for. ValueError if several checkpoints have no learning rate.
+    """
+    found = _in_folder(Location.parse(source)) if isinstance(source, str) else _listed(source)
+    found = sorted(found, key=lambda ref: ref.step)
+    if learning_rates is not None:
+        rates = [learning_rates] * len(found) if isinstance(learning_rates, int | float) else list(learning_rates)
+        if len(rates) != len(found):
+            raise ValueError(f"checkpoints.learning_rate has {len(rates)} values, there are {len(found)} checkpoints.")
+        found = [
+            CheckpointRef(ref.name, ref.path, ref.step, float(rate), "given")
+            for ref, rate in zip(found, rates, strict=True)
+        ]
+    unknown = [ref.name for ref in found if ref.learning_rate is None]
+    if unknown and len(found) > 1:
+        raise ValueError(f"the learning rate of {', '.join(unknown)} is not logged. Give checkpoints.learning_rate.")
+    return found
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the sha256 over names and bytes of a folder's weight files and its config.json, in order of name.
+
+    FileNotFoundError if it holds no weights.
+    """
+    files = sorted(path for path in folder.iterdir() if _is_weights(path.name) or path.name == "config.json")
+    if not any(_is_weights(path.name) for path in files):
+        raise FileNotFoundError(f"{folder} holds no weights: looked for {', '.join(f'*{s}' for s in WEIGHTS)}.")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(json.dumps([path.name, path.stat().st_size]).encode())
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _in_folder(folder: Location) -> list[CheckpointRef]:
+    keys = folder.list()
+    names = {key.partition("/")[0] for key in keys if "/" in key and _is_weights(key.rpartition("/")[2])}
+    steps = {int(name.removeprefix("checkpoint-")): name for name in names if _is_step(name)}
+    if not steps:
+        return [_single(folder, keys)]
+    state = f"{steps[max(steps)]}/{STATE}"
+    history = _history(folder.read_json(state)) if state in keys else {}
+    return [CheckpointRef(name, folder.child(name), step, *_rate_at(step, history)) for step, name in steps.items()]
+
+
+def _single(folder: Location, keys: list[str]) -> CheckpointRef:
+    if not any(_is_weights(key) for key in keys):
+        looked = (
+            f"checkpoint-<step> folders with weights, and {', '.join(f'*{s}' for s in WEIGHTS)} in the folder itself"
+        )
+        raise FileNotFoundError(f"{folder.uri} holds no checkpoint: looked for {looked}.")
+    state = folder.read_json(STATE) if STATE in keys else {}
+    step = int(state.get("global_step", 0))
+    return CheckpointRef(folder.uri.rpartition("/")[2], folder, step, *_rate_at(step, _history(state)))
+
+
+def _listed(source: Sequence[str | dict[str, Any]]) -> list[CheckpointRef]:
+    if not source:
+        raise FileNotFoundError("checkpoints is an empty list: give a folder, or at least one {path, learning_rate}.")
+    refs = []
+    for number, entry in enumerate(source):
+        fields: dict[str, Any] = {"path": entry} if isinstance(entry, str) else entry
+        unknown = fields.keys() - {"path", "learning_rate", "step"}
+        if unknown or "path" not in fields:
+            raise ValueError(
+                f"checkpoint {number} has {sorted(fields)}, must have path and may have learning_rate, step."
+            )
+        folder = Location.parse(fields["path"])
+        found = _single(folder, folder.list())
+        step = int(fields.get("step") or found.step or _step_in_name(found.name, number))
+        rate = fields.get("learning_rate")
+        known = (found.learning_rate, found.how) if rate is None else (float(rate), "given")
+        refs.append(CheckpointRef(found.name, folder, step, *known))
+    return _with_own_names(refs)
+
+
+def _with_own_names(refs: list[CheckpointRef]) -> list[CheckpointRef]:
+    """Return the list with names told apart by their place in it where two folders are called the same."""
+    names = [ref.name for ref in refs]
+    return [
+        ref
+        if names.count(ref.name) == 1
+        else CheckpointRef(f"{ref.name}-{i}", ref.path, ref.step, ref.learning_rate, ref.how)
+        for i, ref in enumerate(refs)
+    ]
+
+
+def _history(state: dict[str, Any]) -> dict[int, float]:
+    entries = state.get("log_history", [])
+    return {int(entry["step"]): float(entry["learning_rate"]) for entry in entries if "learning_rate" in entry}
+
+
+def _rate_at(step: int, history: dict[int, float]) -> tuple[float | None, str]:
+    """Return (learning rate, how it is known) at a step: logged, between its neighbours, or that of the nearest end."""
+    if not history:
+        return None, "unknown"
+    if step in history:
+        return history[step], "logged"
+    logged = sorted(history)
+    place = bisect.bisect(logged, step)
+    if place in (0, len(logged)):
+        nearest = logged[0] if place == 0 else logged[-1]
+        return history[nearest], f"taken from step {nearest}"
+    low, high = logged[place - 1], logged[place]
+    share = (step - low) / (high - low)
+    return history[low] + share * (history[high] - history[low]), f"interpolated between steps {low} and {high}"
+
+
+def _is_weights(name: str) -> bool:
+    return "/" not in name and name.endswith(WEIGHTS) and not name.startswith(NOT_WEIGHTS)
+
+
+def _is_step(name: str) -> bool:
+    return name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdigit()
+
+
+def _step_in_name(name: str, number: int) -> int:
+    return int(name.removeprefix("checkpoint-")) if _is_step(name) else number

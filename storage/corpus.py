@@ -1,0 +1,223 @@
+"""Corpora: streamed in once, read by row ever after. A corpus is an append-only list of segments (see `segments`).
+
+    corpus/<set>/<segment>.<gen>/      rows and the record that commits them
+    corpus/<set>/erased/<n>.json       ids that every answer leaves out
+
+How a record becomes tokens is the task's affair, passed in as `encode`.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from storage.locations import Location
+from storage.rows import ENCODED, from_table
+from storage.segments import ROW_GROUP, Encode, Record, Segment, committed_segments, rows_key, write_segment
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What a corpus holds after an ingest; `ingested` are the examples that this call added."""
+
+    examples: int
+    tokens: int
+    documents: int
+    truncated: int
+    chunked: int
+    skipped: int
+    ingested: int
+
+
+@dataclass
+class Corpus:
+    """A finished corpus, open for reading. Picklable; open files stay with the process."""
+
+    run: Location
+    name: str
+    segments: list[Segment]
+    _files: dict[str, pq.ParquetFile] = field(default_factory=dict, repr=False)
+    _groups: dict[str, tuple[int, pa.Table]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, run: Location, name: str) -> "Corpus":
+        """Return the corpus up to its last finished ingest. FileNotFoundError if there is none."""
+        segments = committed_segments(run, name)
+        while segments and not segments[-1].ends:
+            segments.pop()
+        if not segments:
+            raise FileNotFoundError(f"{run.uri} holds no finished corpus {name!r}. Ingest it first, or run again.")
+        return cls(run, name, segments)
+
+    @property
+    def rows(self) -> int:
+        return sum(segment.rows for segment in self.segments)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.segments[-1].fingerprint
+
+    def erased(self) -> set[int]:
+        """Return the ids that every answer leaves out."""
+        keys = self.run.list(f"corpus/{self.name}/erased")
+        return {example for key in keys for example in self.run.read_json(key)["ids"]}
+
+    def erase(self, ids: list[int]) -> None:
+        """Leave these ids out of every answer from now on. ValueError for an id that the corpus does not have."""
+        for example in ids:
+            self._locate(example)
+        number = len(self.run.list(f"corpus/{self.name}/erased"))
+        self.run.create_json(f"corpus/{self.name}/erased/{number:06d}.json", {"ids": sorted(ids)})
+
+    def read(self, segment: Segment, start: int, stop: int) -> list[dict[str, Any]]:
+        """Return rows start:stop of a segment, erased ones included, encoded fields merged over original ones."""
+        return from_table(self._table(segment, start, stop))
+
+    def lengths(self, segment: Segment) -> np.ndarray:
+        """Return the tokens of each row, int32 [rows]."""
+        return self._file(segment).read(columns=["length"]).column(0).to_numpy()
+
+    def row(self, example: int) -> dict[str, Any]:
+        """Return one example's original fields with id, source_id, doc_id, chunk and length.
+
+        ValueError for an id that the corpus does not have, or that was erased.
+        """
+        if example in self.erased():
+            raise ValueError(f"example {example} of corpus {self.name!r} was erased.")
+        segment = self._locate(example)
+        table = self._table(segment, example - segment.base, example - segment.base + 1)
+        return from_table(table.drop_columns([ENCODED]))[0]
+
+    def find(self, source_id: str) -> int:
+        """Return the first example with the corpus's own id. ValueError naming it if there is none."""
+        erased = self.erased()
+        for segment in self.segments:
+            column = self._file(segment).read(columns=["source_id"]).column(0).combine_chunks()
+            for row in pc.indices_nonzero(pc.equal(column, str(source_id))).to_pylist():
+                if segment.base + row not in erased:
+                    return segment.base + row
+        raise ValueError(f"corpus {self.name!r} has no example with source id {source_id!r}.")
+
+    def close(self) -> None:
+        """Close the open files; reading opens them again."""
+        for file in self._files.values():
+            file.close(force=True)
+        self._files.clear()
+        self._groups.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}, "_groups": {}}
+
+    def _locate(self, example: int) -> Segment:
+        for segment in self.segments:
+            if segment.base <= example < segment.base + segment.rows:
+                return segment
+        raise ValueError(f"example {example} is not in corpus {self.name!r}, which has ids 0 to {self.rows - 1}.")
+
+    def _file(self, segment: Segment) -> pq.ParquetFile:
+        if segment.name not in self._files:
+            key = rows_key(self.name, segment.name)
+            file = _open_parquet(self.run, key)
+            if file.metadata.num_rows != segment.rows:
+                found = f"{key} has {file.metadata.num_rows} rows, its segment.json says {segment.rows}"
+                raise OSError(f"{self.run.uri}: {found}. Restore it, or ingest into another run.")
+            self._files[segment.name] = file
+        return self._files[segment.name]
+
+    def _table(self, segment: Segment, start: int, stop: int) -> pa.Table:
+        if not 0 <= start <= stop <= segment.rows:
+            raise ValueError(f"rows {start}:{stop} of segment {segment.name} are not allowed: it has {segment.rows}.")
+        if start == stop:
+            return self._file(segment).schema_arrow.empty_table()
+        groups = range(start // ROW_GROUP, (stop - 1) // ROW_GROUP + 1)
+        table = pa.concat_tables([self._group(segment, group) for group in groups])
+        return table.slice(start - groups[0] * ROW_GROUP, stop - start)
+
+    def _group(self, segment: Segment, group: int) -> pa.Table:
+        kept = self._groups.get(segment.name)  # batches of one shard come from the same row group again and again
+        if kept is None or kept[0] != group:
+            try:
+                kept = (group, self._file(segment).read_row_group(group))
+            except pa.ArrowException as error:
+                raise OSError(f"{self.run.uri}: rows of segment {segment.name} are damaged: {error}.") from error
+            self._groups[segment.name] = kept
+        return kept[1]
+
+
+def ingest(
+    run: Location,
+    name: str,
+    records: Iterator[Record],
+    encode: Encode,
+    segment_rows: int = 1 << 20,  # a segment ends with the document that reaches it
+    on_progress: Callable[[int], None] | None = None,  # called with the examples of this call so far
+    append: bool = False,  # add the records to a finished corpus; otherwise a finished corpus stays as it is
+) -> IngestReport:
+    """Stream records into segments and return what the corpus then holds; a killed ingest goes on where it stopped.
+
+    The source must yield the same records in the same order again. Memory: one row group. Only one process ingests at
+    a time; the run's lease sees to that. ValueError with the record's place for what `encode` refuses, for a new field
+    and for a type that does not fit; ValueError for an empty source.
+    """
+    segments = committed_segments(run, name)
+    if segments and segments[-1].ends and not append:
+        return _report(segments, 0)
+    held = sum(segment.rows for segment in segments)
+    done = _records_of_open_ingest(segments)
+    source = _Peekable(records)
+    passed = sum(1 for _ in itertools.islice(source, done))
+    if passed < done:
+        raise ValueError(f"corpus {name!r}: {done} records were ingested before, the source now has only {passed}.")
+    if not segments and not source:
+        raise ValueError(f"corpus {name!r}: the source has no records. Check its path and format.")
+    while source:
+        earlier = sum(segment.rows for segment in segments) - held
+
+        def on_rows(rows: int, earlier: int = earlier) -> None:
+            if on_progress:
+                on_progress(earlier + rows)
+
+        segments.append(write_segment(run, name, segments, source, encode, segment_rows, on_rows))
+    return _report(segments, sum(segment.rows for segment in segments) - held)
+
+
+class _Peekable(Iterator[Record]):
+    """An iterator that is false once nothing is left."""
+
+    def __init__(self, items: Iterator[Record]) -> None:
+        self.items = iter(items)
+        self.head = list(itertools.islice(self.items, 1))
+
+    def __bool__(self) -> bool:
+        return bool(self.head)
+
+    def __next__(self) -> Record:
+        if not self.head:
+            raise StopIteration
+        item = self.head[0]
+        self.head = list(itertools.islice(self.items, 1))
+        return item
+
+
+def _records_of_open_ingest(segments: list[Segment]) -> int:
+    """Return how many records of the source stand in segments since the last finished ingest."""
+    tail = itertools.takewhile(lambda segment: not segment.ends, reversed(segments))
+    return sum(segment.records for segment in tail)
+
+
+def _open_parquet(run: Location, key: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(run.open(key))
+    except pa.ArrowException as error:
+        raise OSError(f"{run.uri}/{key} is damaged: {error}. Restore it, or ingest into another run.") from error
+
+
+def _report(segments: list[Segment], ingested: int) -> IngestReport:
+    counts = {name: sum(segment.counts[name] for segment in segments) for name in segments[0].counts}
+    rows, tokens = (sum(getattr(segment, name) for segment in segments) for name in ("rows", "tokens"))
+    return IngestReport(rows, tokens, **counts, ingested=ingested)

@@ -1,0 +1,296 @@
+"""The gradient store: per checkpoint and segment, one Zarr v3 group of gradient rows, losses, norms and states.
+
+    gradients/store.json                                  StoreSettings; a later collect that differs is refused
+    gradients/<set>/<checkpoint>/<segment>/<array>/c/...  rows [n, D] (one array per module without a projection),
+                                                          row_scale [n] (float16 only), losses [n], norms [n, modules],
+                                                          state [n]: 0 missing, 1 done, 2 quarantined (all NaN)
+
+A float16 row is rows x row_scale. One unit writes whole shards, create-only, `state` last; the done-record is the
+journal's affair.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from storage.locations import Location, ObjectConflict, ObjectRecord
+from storage.precision import NAN_BFLOAT16, STORED, from_stored, row_scales, to_stored
+from storage.zarr_groups import (
+    COMPRESSIONS,
+    ArraySpec,
+    LocationStore,
+    MissingRows,
+    build_metadata,
+    encode_shard,
+    open_array,
+    shard_object,
+)
+
+MISSING, DONE, QUARANTINED = 0, 1, 2
+VECTORS = ("row_scale", "losses", "norms", "state")
+SHARD_BYTES = 16 << 20
+SETTINGS_KEY = "gradients/store.json"
+
+
+class StoreMismatch(OSError):  # noqa: N818
+    """The store was built with other settings."""
+
+
+class DamagedRows(OSError):  # noqa: N818
+    """An object of the store does not decode or fails its checksum."""
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What every row of a store has in common; store.json holds it."""
+
+    arrays: dict[str, int]  # name -> columns: {"rows": D}, or one per module
+    ranges: list[dict[str, Any]]  # which columns of which array belong to which module
+    modules: list[str]  # columns of norms
+    dtype: str = "float16"  # or float32, bfloat16
+    compression: str = "none"  # or blosc-lz4
+    norms: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)  # projection, seed and whatever else must agree
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORED:
+            raise ValueError(f"gradients.dtype={self.dtype!r} is not allowed: must be one of {', '.join(STORED)}.")
+        if self.compression not in COMPRESSIONS:
+            allowed = ", ".join(COMPRESSIONS)
+            raise ValueError(f"gradients.compression={self.compression!r} is not allowed: must be one of {allowed}.")
+        if self.norms and not self.modules:
+            raise ValueError("norms without modules are not allowed: name the modules, or set norms to false.")
+        for name, columns in self.arrays.items():
+            if name in VECTORS or "/" in name or columns < 1:
+                raise ValueError(
+                    f"array {name!r} with {columns} columns is not allowed: reserved name, slash or empty."
+                )
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Consecutive rows of one segment under one checkpoint."""
+
+    rows: dict[str, np.ndarray]  # each float32 [n, D]
+    losses: np.ndarray  # float64 [n]
+    norms: np.ndarray | None  # float32 [n, modules]
+    state: np.ndarray  # uint8 [n]
+
+
+@dataclass
+class GradientStore:
+    """A run's gradients. Picklable; what it remembers of a group is its metadata."""
+
+    run: Location
+    settings: StoreSettings
+    _groups: dict[str, tuple[int, int, dict[str, bytes]]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def create(cls, run: Location, settings: StoreSettings) -> "GradientStore":
+        """Return the run's store, new or with the same settings. StoreMismatch names the first that differs."""
+        try:
+            run.create_json(SETTINGS_KEY, asdict(settings))
+        except ObjectConflict:
+            _refuse_difference(run, run.read_json(SETTINGS_KEY), json.loads(json.dumps(asdict(settings))))
+        return cls.open(run)
+
+    @classmethod
+    def open(cls, run: Location) -> "GradientStore":
+        """Return the run's store. FileNotFoundError if none was created."""
+        if not run.exists(SETTINGS_KEY):
+            raise FileNotFoundError(f"{run.uri} has no gradient store. Collect gradients first, or check run.store.")
+        return cls(run, StoreSettings(**run.read_json(SETTINGS_KEY)))
+
+    def prepare(self, set_name: str, checkpoint: str, segment: str, rows: int, shard_rows: int) -> None:
+        """Make the group of `rows` rows; one that is there with the same shape is fine, also made at the same time.
+
+        A segment shorter than `shard_rows` gets shards of its own length. StoreMismatch for another shape.
+        """
+        shard_rows = min(shard_rows, rows)
+        group = _group_key(set_name, checkpoint, segment)
+        if self.run.exists(f"{group}/zarr.json"):
+            _refuse_other_shape(self.run, group, self._load(group)[:2], (rows, shard_rows))
+            return
+        for key, data in self._metadata(rows, shard_rows).items():
+            self.run.create(f"{group}/{key}", data)
+
+    def shape(self, set_name: str, checkpoint: str, segment: str) -> tuple[int, int]:
+        """Return (rows, shard rows) of a prepared group. MissingRows if there is none."""
+        return self._load(_group_key(set_name, checkpoint, segment))[:2]
+
+    def write(self, set_name: str, checkpoint: str, segment: str, start: int, block: RowBlock) -> list[ObjectRecord]:
+        """Write the one shard that begins at row `start` and return its objects' records.
+
+        Quarantined rows become NaN. ObjectConflict if another writer left other bytes: `delete_shard`, then again.
+        ValueError for a block that is not exactly that shard, or has a non-finite row not marked as quarantined.
+        """
+        group = _group_key(set_name, checkpoint, segment)
+        rows, shard_rows, metadata = self._load(group)
+        self._check(block, start, rows, shard_rows)
+        objects = encode_shard(metadata, self._stored_values(block), start)
+        for key, data in objects.items():
+            self.run.create(f"{group}/{key}", data)
+        return [ObjectRecord.of(f"{group}/{key}", data) for key, data in objects.items()]
+
+    def delete_shard(self, set_name: str, checkpoint: str, segment: str, start: int) -> None:
+        """Remove the objects of the shard that begins at row `start`, `state` first."""
+        group = _group_key(set_name, checkpoint, segment)
+        number = start // self._load(group)[1]
+        for name, dimensions in reversed(self._dimensions().items()):
+            self.run.delete(f"{group}/{shard_object(name, dimensions, number)}")
+
+    def read(
+        self,
+        set_name: str,
+        checkpoint: str,
+        segment: str,
+        start: int,
+        stop: int,
+        arrays: Sequence[str] | None = None,  # which row arrays; all by default
+        allow_missing: bool = False,  # missing rows come back as NaN with state 0
+    ) -> RowBlock:
+        """Return rows start:stop. MissingRows names the shard or object that is not there, DamagedRows one that rots."""
+        group = _group_key(set_name, checkpoint, segment)
+        rows, shard_rows, metadata = self._load(group)
+        if not 0 <= start <= stop <= rows:
+            raise ValueError(f"rows {start}:{stop} of {group} are not allowed: it has {rows}.")
+        location = self.run.child(group)
+        state = _read(LocationStore(location, metadata, allow_missing=True), "state", start, stop)
+        if not allow_missing and (state == MISSING).any():
+            first = (start + int(np.argmax(state == MISSING))) // shard_rows * shard_rows
+            shard = f"rows {first}:{min(first + shard_rows, rows)} of {location.uri}"
+            raise MissingRows(f"{shard} are missing. Run the collect stage again to make them.")
+        store = LocationStore(location, metadata, allow_missing)
+        scales = _read(store, "row_scale", start, stop) if self.settings.dtype == "float16" else None
+        names = self.settings.arrays if arrays is None else arrays
+        return RowBlock(
+            {name: from_stored(_read(store, name, start, stop), self.settings.dtype, scales) for name in names},
+            _read(store, "losses", start, stop),
+            _read(store, "norms", start, stop) if self.settings.norms else None,
+            state,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_groups": {}}
+
+    def _load(self, group: str) -> tuple[int, int, dict[str, bytes]]:
+        """Return (rows, shard rows, metadata) of a group; metadata follows from the first two."""
+        if group not in self._groups:
+            if not self.run.exists(f"{group}/zarr.json"):
+                raise MissingRows(f"{self.run.uri}/{group} is missing. Run the collect stage to make it.")
+            stored = self.run.read_json(f"{group}/zarr.json")["attributes"]
+            metadata = self._metadata(stored["rows"], stored["shard_rows"])
+            self._groups[group] = (stored["rows"], stored["shard_rows"], metadata)
+        return self._groups[group]
+
+    def _metadata(self, rows: int, shard_rows: int) -> dict[str, bytes]:
+        settings = self.settings
+        nan = NAN_BFLOAT16 if settings.dtype == "bfloat16" else float("nan")
+        specs = [
+            ArraySpec(name, (rows, columns), STORED[settings.dtype], nan, {"dtype": settings.dtype})
+            for name, columns in settings.arrays.items()
+        ]
+        if settings.dtype == "float16":
+            specs.append(ArraySpec("row_scale", (rows,), np.dtype(np.float32), float("nan"), {}))
+        specs.append(ArraySpec("losses", (rows,), np.dtype(np.float64), float("nan"), {}))
+        if settings.norms:
+            shape = (rows, len(settings.modules))
+            specs.append(ArraySpec("norms", shape, np.dtype(np.float32), float("nan"), {"modules": settings.modules}))
+        specs.append(ArraySpec("state", (rows,), np.dtype(np.uint8), MISSING, {}))
+        attributes = {"rows": rows, "shard_rows": shard_rows, "ranges": settings.ranges}
+        return build_metadata(specs, shard_rows, settings.compression, attributes)
+
+    def _dimensions(self) -> dict[str, int]:
+        """Return each array's number of dimensions, in the order in which a shard is written."""
+        scale = {"row_scale": 1} if self.settings.dtype == "float16" else {}
+        norms = {"norms": 2} if self.settings.norms else {}
+        return {**dict.fromkeys(self.settings.arrays, 2), **scale, "losses": 1, **norms, "state": 1}
+
+    def _stored_values(self, block: RowBlock) -> dict[str, np.ndarray]:
+        bad = (block.state == QUARANTINED)[:, None]
+        rows = {name: np.where(bad, np.float32("nan"), block.rows[name]) for name in self.settings.arrays}
+        scales = row_scales(rows) if self.settings.dtype == "float16" else None
+        values = {name: to_stored(array, self.settings.dtype, scales) for name, array in rows.items()}
+        if scales is not None:
+            values["row_scale"] = scales
+        values["losses"] = block.losses
+        if block.norms is not None:
+            values["norms"] = np.where(bad, np.float32("nan"), block.norms)
+        return {**values, "state": block.state}
+
+    def _check(self, block: RowBlock, start: int, rows: int, shard_rows: int) -> None:
+        count = min(shard_rows, rows - start)
+        if start % shard_rows or count <= 0:
+            raise ValueError(f"row {start} begins no shard: must be a multiple of {shard_rows} below {rows}.")
+        expected: dict[str, tuple[np.ndarray | None, tuple[int, ...], type]] = {
+            **{name: (block.rows.get(name), (count, d), np.float32) for name, d in self.settings.arrays.items()},
+            "losses": (block.losses, (count,), np.float64),
+            "state": (block.state, (count,), np.uint8),
+        }
+        if self.settings.norms:
+            expected["norms"] = (block.norms, (count, len(self.settings.modules)), np.float32)
+        for name, (array, shape, dtype) in expected.items():
+            if array is None or array.shape != shape or array.dtype != dtype:
+                found = "absent" if array is None else f"{array.dtype} {list(array.shape)}"
+                raise ValueError(
+                    f"{name} of the shard at row {start} is {found}, must be {dtype.__name__} {list(shape)}."
+                )
+        _refuse_unmarked(block, start)
+
+
+def shard_rows_for(columns: int, itemsize: int) -> int:
+    """Return the rows of a shard of at most 16 MiB: a power of two from 32 to 8192."""
+    fitting = max(SHARD_BYTES // (columns * itemsize), 1)
+    return min(max(1 << (fitting.bit_length() - 1), 32), 8192)
+
+
+def _group_key(set_name: str, checkpoint: str, segment: str) -> str:
+    return f"gradients/{set_name}/{checkpoint}/{segment}"
+
+
+def _read(store: LocationStore, name: str, start: int, stop: int) -> np.ndarray:
+    try:
+        return np.asarray(open_array(store, name, "r")[start:stop])
+    except (ValueError, RuntimeError) as error:
+        raise DamagedRows(
+            f"{name} rows {start}:{stop} of {store.location.uri} are damaged: {error}. "
+            "Run status with --verify to find the objects, then collect again."
+        ) from error
+
+
+def _refuse_unmarked(block: RowBlock, start: int) -> None:
+    unknown = ~np.isin(block.state, (DONE, QUARANTINED))
+    if unknown.any():
+        row = int(np.argmax(unknown))
+        raise ValueError(f"row {start + row} has state {block.state[row]}: must be 1 (done) or 2 (quarantined).")
+    finite = np.isfinite(block.losses)
+    for array in [*block.rows.values(), *([] if block.norms is None else [block.norms])]:
+        finite &= np.isfinite(array).all(axis=1)
+    unmarked = ~finite & (block.state == DONE)
+    if unmarked.any():
+        raise ValueError(f"row {start + int(np.argmax(unmarked))} is not finite but marked as done: quarantine it.")
+
+
+def _refuse_other_shape(run: Location, group: str, stored: tuple[int, ...], asked: tuple[int, ...]) -> None:
+    if stored != asked:
+        made = f"{run.uri}/{group} was made with {stored[0]} rows in shards of {stored[1]}"
+        raise StoreMismatch(f"{made}, this run has {asked[0]} in shards of {asked[1]}. Use another run.")
+
+
+def _refuse_difference(run: Location, stored: Any, asked: Any, name: str = "gradients") -> None:
+    """Raise StoreMismatch naming the first setting that differs, if one does."""
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        for key in dict.fromkeys([*asked, *stored]):
+            inner = name if key == "extra" else f"{name}.{key}"
+            _refuse_difference(run, stored.get(key), asked.get(key), inner)
+    elif stored != asked:
+        built = f"store {run.uri} was built with {name}={_short(stored)}, this run has {_short(asked)}"
+        raise StoreMismatch(f"{built}. Use another run, or {name}={_short(stored)}.")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

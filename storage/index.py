@@ -1,0 +1,155 @@
+"""The score index: Parquet tables that answer "what moved this prediction" and "what did this example move".
+
+    index/<label>/by_query.parquet      query, rank, side, id, score, …: sorted by query
+    index/<label>/by_example.parquet    id, …: one row per training example, sorted by id
+    index/<label>/meta.json             method, score unit, damping, …; written last, it commits the index
+
+Both tables are streamed in and read by row group. What the scores mean is the method's affair.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from storage.locations import Location
+
+ROW_GROUP = 65536
+BY_QUERY = {"query": pa.int64(), "rank": pa.int64(), "side": pa.string(), "id": pa.int64(), "score": pa.float64()}
+BY_EXAMPLE = {"id": pa.int64()}
+SIDES = ("proponent", "opponent")
+
+
+@dataclass(frozen=True)
+class ScoreIndex:
+    """One label's finished index. Picklable."""
+
+    run: Location
+    label: str
+    meta: dict[str, Any]
+
+    @classmethod
+    def open(cls, run: Location, label: str) -> "ScoreIndex":
+        """Return a finished index. FileNotFoundError names the labels that there are."""
+        key = f"index/{label}/meta.json"
+        if not run.exists(key):
+            there = ", ".join(cls.labels(run)) or "none"
+            raise FileNotFoundError(f"{run.uri} has no score index {label!r}: there are {there}. Score first.")
+        return cls(run, label, run.read_json(key))
+
+    @staticmethod
+    def labels(run: Location) -> list[str]:
+        """Return the labels of all finished indices of a run, sorted."""
+        keys = [key.split("/") for key in run.list("index")]
+        return sorted(parts[1] for parts in keys if len(parts) == 3 and parts[2] == "meta.json")
+
+    def top(self, query: int, k: int) -> tuple[pa.Table, pa.Table]:
+        """Return (proponents, opponents) of a query, best first, at most k rows each.
+
+        ValueError for a query that the index does not have, or fewer than one row asked for.
+        """
+        if k < 1:
+            raise ValueError(f"top={k} is not allowed: must be at least 1.")
+        rows = self._where("by_query", "query", query)
+        if not rows.num_rows:
+            raise ValueError(f"index {self.label!r} has no query {query}: it has rows 0 to {self._last_query()}.")
+        ordered = rows.filter(pc.less(rows["rank"], k)).sort_by("rank")
+        proponents, opponents = (ordered.filter(pc.equal(ordered["side"], side)) for side in SIDES)
+        return proponents, opponents
+
+    def example(self, example: int) -> dict[str, Any]:
+        """Return what the index says of one training example. ValueError if it does not have it."""
+        rows = self._where("by_example", "id", example)
+        if not rows.num_rows:
+            raise ValueError(f"index {self.label!r} has no example {example}.")
+        return rows.to_pylist()[0]
+
+    def table(self, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield "by_query" or "by_example" in batches, all columns by default."""
+        with self.run.open(f"index/{self.label}/{name}.parquet") as file:
+            yield from pq.ParquetFile(file).iter_batches(columns=columns)
+
+    def _where(self, name: str, column: str, value: int) -> pa.Table:
+        with self.run.open(f"index/{self.label}/{name}.parquet") as file:
+            return pq.read_table(file, filters=[(column, "==", value)])
+
+    def _last_query(self) -> int:
+        last = -1
+        for batch in self.table("by_query", ["query"]):
+            last = batch.column(0)[len(batch) - 1].as_py()
+        return last
+
+
+def write_index(
+    run: Location,
+    label: str,
+    meta: dict[str, Any],  # method, score_unit, granularity, damping, projection, model fingerprint, query set, queries
+    by_query: Iterable[
+        pa.Table
+    ],  # columns of BY_QUERY and any others; rank from 0 within query and side; queries ascending
+    by_example: Iterable[pa.Table],  # id and any others, ids ascending
+) -> ScoreIndex:
+    """Stream both tables, then commit with meta.json; tables left by a killed writer are replaced. Memory: one batch.
+
+    An index that is finished stays as it is if its meta is the same; ObjectConflict if not. ValueError for a column
+    that is missing or a table out of order.
+    """
+    folder = f"index/{label}"
+    if not run.exists(f"{folder}/meta.json"):
+        _write_sorted(run, f"{folder}/by_query.parquet", by_query, BY_QUERY, "query")
+        _write_sorted(run, f"{folder}/by_example.parquet", by_example, BY_EXAMPLE, "id")
+    run.create_json(f"{folder}/meta.json", meta)
+    return ScoreIndex.open(run, label)
+
+
+def _write_sorted(
+    run: Location, key: str, tables: Iterable[pa.Table], columns: dict[str, pa.DataType], by: str
+) -> None:
+    run.delete(key)
+    with run.create_from(key) as file, ExitStack() as stack:
+        writer = None
+        for table in _row_groups(_in_order(tables, columns, key, by)):
+            writer = writer or stack.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
+            writer.write_table(table, row_group_size=ROW_GROUP)
+        if writer is None:
+            pq.ParquetWriter(file, pa.schema(list(columns.items()))).close()
+
+
+def _in_order(tables: Iterable[pa.Table], columns: dict[str, pa.DataType], key: str, by: str) -> Iterator[pa.Table]:
+    last = None
+    for table in tables:
+        typed = _typed(table, columns, key)
+        if not typed.num_rows:
+            continue
+        values = typed[by].to_numpy()
+        if (values[1:] < values[:-1]).any() or (last is not None and values[0] < last):
+            raise ValueError(f"{key} must be written in order of {by!r}, has {values[0]} to {values[-1]} after {last}.")
+        last = values[-1]
+        yield typed
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the rows again in tables of ROW_GROUP rows or somewhat more, so that small batches make no small groups."""
+    held: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        held.append(table)
+        rows += table.num_rows
+        if rows >= ROW_GROUP:
+            yield pa.concat_tables(held)
+            held, rows = [], 0
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _typed(table: pa.Table, columns: dict[str, pa.DataType], key: str) -> pa.Table:
+    missing = columns.keys() - set(table.column_names)
+    if missing:
+        raise ValueError(f"{key} lacks the column {min(missing)!r}, has {', '.join(table.column_names)}.")
+    for name, kind in columns.items():
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
+    return table

@@ -1,0 +1,127 @@
+"""Files of this machine: the same few operations as `s3`, on absolute paths, durable and all at once.
+
+Owns temporary names, fsync and the sentence for a full disk. A file being written ends in PARTIAL; a killed process may
+leave one, and no reader sees it.
+"""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".partial"
+
+
+def get(address: str) -> bytes:
+    """Return all bytes of a file. FileNotFoundError names it."""
+    return Path(address).read_bytes()
+
+
+def size(address: str) -> int | None:
+    """Return a file's length in bytes, None if there is no such file."""
+    path = Path(address)
+    return path.stat().st_size if path.is_file() else None
+
+
+def open_reader(address: str) -> BinaryIO:
+    """Return the file, open for reading. FileNotFoundError names it."""
+    return Path(address).open("rb")
+
+
+def create(address: str, data: bytes) -> bool:
+    """Create a file with all its bytes; False if one is already there."""
+    with named_errors(address):
+        partial = _write_partial(address, data)
+        try:
+            return _link(partial, address)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def replace(address: str, data: bytes) -> None:
+    """Put a file in the place of whatever is there."""
+    with named_errors(address):
+        os.replace(_write_partial(address, data), address)
+
+
+def upload(address: str, path: Path) -> bool:
+    """Give a finished file of the same file system its address; False if that is taken."""
+    with named_errors(address):
+        return _link(path, address)
+
+
+def delete(address: str) -> None:
+    """Remove a file; one that is not there is fine."""
+    Path(address).unlink(missing_ok=True)
+
+
+def staging_folder(address: str) -> Path:
+    """Return the folder in which a large file for this address is to be written, made if need be."""
+    with named_errors(address):
+        folder = Path(address).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def list_keys(address: str) -> list[str]:
+    """Return the paths of all files below a folder, relative to it; [] if there is no such folder."""
+    keys, pending = [], [("", address)]
+    while pending:
+        lead, path = pending.pop()
+        for entry in _entries(path):
+            if entry.is_dir():
+                pending.append((f"{lead}{entry.name}/", entry.path))
+            elif not entry.name.endswith(PARTIAL):
+                keys.append(lead + entry.name)
+    return keys
+
+
+@contextmanager
+def named_errors(address: str) -> Iterator[None]:
+    """Say which file an error of a write is about, and what to do when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sentence = f"No space left on device while writing {address}. Free some, then run again to resume."
+        raise OSError(errno.ENOSPC, sentence) from error
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):  # never made, or deleted by another process meanwhile
+        return []
+
+
+def _write_partial(address: str, data: bytes) -> Path:
+    path = Path(address)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(6)}{PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return partial
+
+
+def _link(partial: Path, address: str) -> bool:
+    try:
+        os.link(partial, address)
+    except FileExistsError:
+        return False
+    folder = os.open(Path(address).parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return True

@@ -1,0 +1,240 @@
+"""Where bytes live: a folder, an S3 prefix or a folder inside an installed package, all behind one small class.
+
+Owns addresses, create-only puts, JSON objects and records of objects. The operations themselves are in `local` and `s3`;
+what the bytes mean is left to the other modules. A key is a path below the location, with forward slashes; the key ""
+is the location itself.
+"""
+
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+
+from storage import local, s3
+
+
+class ObjectConflict(OSError):  # noqa: N818
+    """Another writer has already created this object with different bytes."""
+
+
+@dataclass(frozen=True)
+class ObjectRecord:
+    """One object as a done-record names it; `key` is relative to the run, `sha256` in hexadecimal."""
+
+    key: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, key: str, data: bytes) -> "ObjectRecord":
+        return cls(key, len(data), hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder or S3 prefix. Picklable: it holds its address and opens connections where it is used."""
+
+    uri: str
+    read_only: bool = False
+
+    @classmethod
+    def parse(cls, uri: str) -> "Location":
+        """Return the location that `uri` names: folder, file:///folder, s3://bucket/prefix or package:NAME/path.
+
+        Raises ValueError for any other scheme, FileNotFoundError for a package that is not installed.
+        """
+        if uri.startswith("package:"):
+            return cls(str(_package_path(uri)), read_only=True)
+        parts = urlsplit(uri)
+        if parts.scheme == "s3":
+            if not parts.netloc:
+                raise ValueError(f"{uri} names no bucket. Write s3://bucket/prefix.")
+            return cls(uri.rstrip("/"))
+        if parts.scheme == "file":
+            return cls(unquote(parts.path))
+        if "://" in uri or not uri:
+            raise ValueError(
+                f"location {uri!r} is not allowed: must be a folder, file:///, s3:// or package:NAME/path."
+            )
+        return cls(str(Path(uri).expanduser().absolute()))
+
+    @property
+    def is_remote(self) -> bool:
+        return self.uri.startswith("s3://")
+
+    def local_path(self) -> Path | None:
+        """Return the path on this machine, None on S3."""
+        return None if self.is_remote else Path(self.uri)
+
+    def child(self, *parts: str) -> "Location":
+        return Location("/".join([self.uri.rstrip("/"), *parts]), self.read_only)
+
+    def read(self, key: str = "") -> bytes:
+        """Return all bytes of an object. FileNotFoundError names it."""
+        return self._backend.get(self._address(key))
+
+    def read_range(self, key: str, start: int, stop: int | None = None) -> bytes:
+        """Return bytes start:stop of an object; a negative `start` counts from its end, as far as it goes."""
+        with self.open(key) as file:
+            length = file.seek(0, os.SEEK_END)
+            first = file.seek(max(length + start, 0) if start < 0 else start)
+            return file.read() if stop is None else file.read(max(stop - first, 0))
+
+    def open(self, key: str = "") -> BinaryIO:
+        """Return a binary file with seek, to be closed by the caller. FileNotFoundError names it."""
+        return self._backend.open_reader(self._address(key))
+
+    def exists(self, key: str = "") -> bool:
+        """Return whether an object (not a folder) of this key is there."""
+        return self._backend.size(self._address(key)) is not None
+
+    def size(self, key: str = "") -> int:
+        """Return an object's length in bytes. FileNotFoundError names it."""
+        found = self._backend.size(self._address(key))
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "no such object", self._address(key))
+        return found
+
+    def create(self, key: str, data: bytes) -> None:
+        """Write a new object, durably and all at once. An equal one already there is fine.
+
+        Raises ObjectConflict if it is there with other bytes (a lost response also ends in the comparison).
+        """
+        if not self._backend.create(self._writable(key), data) and self.read(key) != data:
+            raise ObjectConflict(
+                f"{self._address(key)} is already there with other bytes: another writer made it. "
+                "Delete that unit's objects and run again, or use another run."
+            )
+
+    @contextmanager
+    def create_from(self, key: str) -> Iterator[IO[bytes]]:
+        """Give a file to write a large object into; it appears under its key, whole, on a clean exit only.
+
+        Raises ObjectConflict if the key exists by then. On S3 the check and the upload are two steps, so only a
+        holder of the run's lease uses it.
+        """
+        address = self._writable(key)
+        handle, name = tempfile.mkstemp(suffix=local.PARTIAL, dir=self._backend.staging_folder(address))
+        try:
+            with local.named_errors(address), os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if self.exists(key) or not self._backend.upload(address, Path(name)):
+                raise ObjectConflict(f"{address} is already there. Use another run, or delete it first.")
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write an object over whatever is there. Only leases and pointers may change."""
+        self._backend.replace(self._writable(key), data)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is fine."""
+        self._backend.delete(self._writable(key))
+
+    def create_json(self, key: str, value: Any) -> None:
+        """Create an object from plain data: sorted keys, indent 1. ValueError for NaN and infinities."""
+        self.create(key, to_json(value))
+
+    def read_json(self, key: str) -> Any:
+        """Return the plain data of a JSON object. Raises OSError naming it if it does not parse."""
+        data = self.read(key)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise OSError(f"{self._address(key)} is damaged, not JSON: {error}. Restore it, or delete it.") from error
+
+    def damage(self, record: ObjectRecord) -> str | None:
+        """Return what is wrong with an object compared with its record, None if nothing is."""
+        try:
+            found = ObjectRecord.of(record.key, self.read(record.key))
+        except FileNotFoundError:
+            return f"{record.key} is missing"
+        if found.size != record.size:
+            return f"{record.key} has {found.size} bytes, its record says {record.size}"
+        return None if found == record else f"{record.key} differs from its recorded checksum"
+
+    def probe(self) -> None:
+        """Check that this place can be written and honours create-only puts.
+
+        Raises OSError if an object could be created twice: such a server would let two workers overwrite each other.
+        """
+        key = f".probe-{secrets.token_hex(8)}"
+        self.create(key, b"first")
+        try:
+            if self._backend.create(self._address(key), b"second"):
+                raise OSError(f"{self.uri} ignores create-only puts (If-None-Match). Use a server that honours them.")
+        finally:
+            self.delete(key)
+
+    def fetch(self, cache: Path) -> Path:
+        """Return a local folder that holds everything below: itself, or a copy under `cache`.
+
+        The copy's name follows from address, keys, sizes and versions, so that a changed prefix is fetched anew.
+        """
+        path = self.local_path()
+        if path is not None:
+            return path
+        entries = s3.list_versions(self.uri)
+        if not entries:
+            raise FileNotFoundError(f"{self.uri} holds no objects. Check the bucket and the prefix.")
+        digest = hashlib.sha256(json.dumps([self.uri, entries]).encode()).hexdigest()[:16]
+        target = cache / f"{self.uri.rsplit('/', 1)[-1]}-{digest}"
+        if target.is_dir():
+            return target
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, suffix=local.PARTIAL) as folder:
+            for key, _, _ in entries:
+                _download(self, key, Path(folder, "copy", key))
+            if not target.is_dir():  # two processes of one machine may fetch at once: the first copy stays
+                Path(folder, "copy").rename(target)
+        return target
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Return the keys of all objects in the folder `prefix`, recursively, sorted; [] if there is none."""
+        lead = f"{prefix.rstrip('/')}/" if prefix else ""
+        return sorted(lead + key for key in self._backend.list_keys(self._address(prefix.rstrip("/"))))
+
+    @property
+    def _backend(self) -> ModuleType:
+        return s3 if self.is_remote else local
+
+    def _address(self, key: str) -> str:
+        return f"{self.uri.rstrip('/')}/{key}" if key else self.uri
+
+    def _writable(self, key: str) -> str:
+        if self.read_only:
+            raise PermissionError(f"{self._address(key)} is inside an installed package: read-only. Write elsewhere.")
+        return self._address(key)
+
+
+def to_json(value: Any) -> bytes:
+    """Return plain data as UTF-8 JSON with sorted keys, indent 1 and a last line break. ValueError for NaN."""
+    return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def _package_path(uri: str) -> Path:
+    name, _, rest = uri.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise FileNotFoundError(f"{uri}: no Python package named {name!r} is installed. Install it, or give a folder.")
+    return Path(folders[0], rest) if rest else Path(folders[0])
+
+
+def _download(source: Location, key: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open(key) as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, 8 << 20)
