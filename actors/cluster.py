@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -56,6 +57,20 @@ def disconnect() -> None:
 def nodes() -> list[str]:
     """Return the ids of the nodes that are alive."""
     return sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
+def nodes_that_cannot_read(paths: list[str]) -> list[str]:
+    """Return the hosts on which one of these local paths does not exist, asking every node of the cluster."""
+
+    def sees() -> bool:
+        return all(os.path.exists(path) for path in paths)
+
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[node["NodeManagerHostname"]] = ray.remote(num_cpus=0, scheduling_strategy=where)(sees).remote()
+    return sorted(host for host, answer in asked.items() if not ray.get(answer, timeout=60))
 
 
 def resources() -> dict[str, float]:

@@ -13,7 +13,7 @@ from actors.units import Receipt, Unit
 from engine.batches import plan_batches
 from engine.coverage import measure_coverage
 from engine.gradients import PerExampleGradients, nonfinite
-from engine.models import architecture, read_state
+from engine.models import read_state
 from engine.parameters import changed_parameters, select_parameters
 from engine.projection import row_layout
 from engine.tasks.contract import Task
@@ -24,7 +24,7 @@ COVERAGE_WARNING = 0.95
 
 
 def inspect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
-    """Write what the other stages need to know of the model: architecture, chosen parameters, layout, coverage."""
+    """Write what the other stages need to know of the model: chosen parameters, layout, coverage."""
     model: ModelSpec = settings["model"]
     last = model.checkpoints[-1].name
     network = context.model(model, last)
@@ -45,7 +45,6 @@ def inspect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     context.run.create_json(
         unit.payload["key"],
         {
-            "architecture": architecture(network),
             "parameters": [p.name for p in parameters],
             "sizes": [p.size for p in parameters],
             "model_size": sum(w.numel() for w in network.parameters()),

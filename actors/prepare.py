@@ -37,7 +37,8 @@ def prepare_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     data = save_state(state)
     context.run.create(key, data)
     record = ObjectRecord.of(key, data)
-    return Receipt(unit.key, rows=len(rows), bytes=len(data), objects=[asdict(record)])
+    tokens = int(sum(row["length"] for row in rows))
+    return Receipt(unit.key, rows=len(rows), tokens=tokens, bytes=len(data), objects=[asdict(record)])
 
 
 def query_batches(task: Task, rows: list[dict], token_budget: int) -> list[Batch]:

@@ -75,8 +75,9 @@ class StageProgress:
         if self._bar:
             self._bar.stop()
             self._bar = None
-        self.console.print(report_table(report))
-        if not finished:
+        if finished:
+            self._say(f"{self._stage}: done, {self._rows:,} rows in {duration(report.seconds)}")
+        else:
             self._say(f"{self._stage}: stopped with {self._done} of {self._units} units done; run again to resume.")
 
     def _status(self) -> str:
@@ -96,18 +97,30 @@ def status_line(done: int, units: int, done_here: int, rows: int, elapsed: float
     return f"{counted}, {rows / elapsed:,.0f} rows/s, {duration(left)} left"
 
 
-def report_table(report: StageReport) -> Table:
-    """Return the closing table of a stage."""
-    table = Table(title=f"stage {report.stage}", show_header=False, title_justify="left")
-    per_second = 1 / report.seconds if report.seconds > 0 else 0.0
-    before = f" ({report.skipped} of them before)" if report.skipped else ""
-    table.add_row("units", f"{report.units}{before} in {duration(report.seconds)}")
-    table.add_row("rows", f"{report.rows:,} ({report.rows * per_second:,.0f}/s)")
-    table.add_row("tokens", f"{report.tokens:,} ({report.tokens * per_second:,.0f}/s)")
-    table.add_row("written", size(report.bytes))
-    table.add_row("peak memory", f"{size(report.peak_memory)} a worker")
-    table.add_row("retries", str(report.retries))
-    table.add_row("quarantined", quarantined_text(report.quarantined))
+def report_table(reports: list[StageReport]) -> Table:
+    """Return the closing table of a job, one line a stage."""
+    table = Table(title="stages", title_justify="left")
+    for column in (
+        "stage",
+        "units",
+        "time",
+        "rows",
+        "rows/s",
+        "tokens/s",
+        "written",
+        "peak memory",
+        "retries",
+        "quarantined",
+    ):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for report in reports:
+        per_second = 1 / report.seconds if report.seconds > 0 else 0.0
+        before = f" ({report.skipped} before)" if report.skipped else ""
+        table.add_row(
+            report.stage, f"{report.units}{before}", duration(report.seconds), f"{report.rows:,}",
+            f"{report.rows * per_second:,.0f}", f"{report.tokens * per_second:,.0f}", size(report.bytes),
+            size(report.peak_memory), str(report.retries), quarantined_text(report.quarantined),
+        )  # fmt: skip
     return table
 
 

@@ -20,7 +20,7 @@ class CheckpointSpec:
     name: str
     uri: str
     step: int
-    learning_rate: float
+    learning_rate: float | None  # None: not known
     fingerprint: str
 
 
@@ -69,21 +69,25 @@ class ScoreSpec:
 
 
 def declare_stage(run: Location, name: str, settings: dict[str, Any]) -> None:
-    """Write a stage's record, or compare with the one that is there.
+    """Write a stage's record, or compare with the one that is there. Raises StageMismatch if they differ."""
+    declare(run, f"stages/{name}.json", settings, f"stage {name} of run {run.uri}")
 
-    Raises StageMismatch naming the first setting that differs.
+
+def declare(run: Location, key: str, settings: dict[str, Any], what: str) -> None:
+    """Create a record with its hash, or compare with the one that is there.
+
+    Raises StageMismatch naming the first value that differs.
     """
     settings = json.loads(json.dumps(settings))
-    record = {"settings": settings, "hash": digest(settings)}
-    key = f"stages/{name}.json"
     if not run.exists(key):
-        run.create_json(key, record)
+        run.create_json(key, {**settings, "hash": digest(settings)})
         return
     before = run.read_json(key)
-    if before["hash"] != record["hash"]:
-        where, old, new = first_difference(before["settings"], settings)
+    del before["hash"]
+    if before != settings:
+        where, old, new = first_difference(before, settings)
         raise StageMismatch(
-            f"run {run.uri} did stage {name} with {where}={old!r}, this job has {new!r}. Use another run, or {where}={old!r}."
+            f"{what} was made with {where}={old!r}, this job has {new!r}. Use another run, or that value."
         )
 
 

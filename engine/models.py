@@ -12,6 +12,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -134,6 +135,20 @@ def read_state(folder: Path) -> dict[str, Tensor]:
     return state
 
 
+def architecture_of(folder: Path) -> str:
+    """Return a hash of every stored weight's name and shape: equal for all checkpoints of one model. Reads no values."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        else:
+            state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+            shapes |= {name: tuple(tensor.shape) for name, tensor in state.items()}
+    lines = [f"{name} {shape}" for name, shape in sorted(shapes.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a checkpoint folder, in name order; optimizer and scheduler state left out."""
     files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHTS) if folder.is_dir() else []
@@ -170,12 +185,6 @@ def ready_for_scoring(model: nn.Module, device: torch.device, dtype: torch.dtype
     for weight in model.parameters():
         weight.requires_grad_(False)
     return model.to(device=device, dtype=dtype)
-
-
-def architecture(model: nn.Module) -> str:
-    """Return a hash of the model's class and of every parameter's name and shape: equal for all of its checkpoints."""
-    lines = [type(model).__name__] + [f"{name} {tuple(w.shape)}" for name, w in model.named_parameters()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def last_linear_input(model: nn.Module, call: Callable[[], Any]) -> Tensor:

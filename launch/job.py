@@ -4,39 +4,49 @@ ingest → inspect → collect → prepare → score → index
 """
 
 import socket
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import islice
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from actors.cluster import connect, resources, worker_plan
+from actors.cluster import connect, nodes, resources, worker_plan
 from actors.context import make_task
 from actors.index import IndexJob, build_index, build_neighbour_index
 from actors.plan import checkpoint_units, shard_rows, shard_units, shards
 from actors.pool import InProcessPool, Pool
-from actors.progress import StageProgress
+from actors.progress import StageProgress, StageReport, report_table
 from actors.ray_pool import RayPool
 from actors.run_stage import run_stage
 from actors.schedule import Limits
-from actors.specs import CheckpointSpec, GradientSpec, ModelSpec, ScoreSpec, declare_stage, digest
+from actors.specs import GradientSpec, ModelSpec, ScoreSpec, declare_stage, digest
 from actors.units import Stage, Unit
 from actors.worker import MakeWorker
-from engine.methods.contract import load_method
+from engine.methods.contract import Method, load_method
 from engine.projection import Projection
-from engine.tasks.contract import Task, encode
-from launch.config import Config, CorpusSection
-from storage.checkpoints import find_checkpoints, fingerprint
-from storage.corpus import Corpus, ingest
+from launch.config import Config
+from launch.paths import refuse_relative_paths, refuse_unseen_paths
+from launch.sources import TRAIN, cache_folder, ingest_set, model_spec, record_identity, same_model
+from storage.corpus import Corpus
 from storage.gradients import GradientStore, StoreSettings
 from storage.journal import EventLog, Journal, RunLease
 from storage.locations import Location
-from storage.readers import read_records
 
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class LeasedJournal:
+    """A stage's journal that commits only while this process holds the run."""
+
+    journal: Journal
+    lease: RunLease
+
+    def done(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.journal.done()
+
+    def commit(self, unit: str, record: dict[str, Any]) -> None:
+        self.lease.check()
+        self.journal.commit(unit, record)
 
 
 @dataclass
@@ -50,13 +60,16 @@ class Job:
     progress: StageProgress
     events: EventLog
     lease: RunLease
+    reports: list[StageReport] = field(default_factory=list)
 
     def stage(self, name: str, function: str, settings: dict[str, Any], units: list[Unit]) -> None:
         """Run one stage to its end."""
-        self.lease.check()
         limits = Limits(max_bad_fraction=self.config.cluster.max_bad_fraction)
-        stage = Stage(name, function, settings, units)
-        run_stage(self.pool, stage, Journal(self.run, name), self.progress, self.events, limits)
+        journal = LeasedJournal(Journal(self.run, name), self.lease)
+        report = run_stage(
+            self.pool, Stage(name, function, settings, units), journal, self.progress, self.events, limits
+        )
+        self.reports.append(report)
 
 
 def score(config: Config, say: Callable[[str], None] = print) -> str:
@@ -67,66 +80,50 @@ def score(config: Config, say: Callable[[str], None] = print) -> str:
     """
     if config.queries is None:
         raise ValueError("queries is missing: say which predictions are asked about, for example queries: test.jsonl")
+    refuse_relative_paths(config)
     run = Location.parse(config.run.uri)
     run.probe()
     with RunLease(run) as lease:
-        model, folder = model_spec(config)
-        task = make_task(model, folder, cache_folder())
+        model, folders = model_spec(config, say)
+        method = load_method(config.method.name, config.method.settings())
+        check_learning_rates(method, model)
+        task = make_task(model, folders[0], cache_folder())
+        record_identity(run, model, folders[0], task)
         home = Location.parse(config.run.store) if config.run.store else run
-        if config.run.store is None:
+        if config.run.store:
+            same_model(home, model)
+        else:
             ingest_set(run, TRAIN, config.corpus, task, say)
         ingest_set(run, config.queries.name, config.queries, task, say)
-        record_identity(run, config, model)
-        with worker_pool(config, run) as pool, EventLog(run, socket.gethostname()) as events:
+        with worker_pool(config, run, model) as pool, EventLog(run, socket.gethostname()) as events:
             job = Job(config, run, pool, model, StageProgress(), events, lease)
             seen = inspect(job, say)
             gradients = gradient_spec(config, seen)
             if config.gradients.store and config.run.store is None:
                 collect(job, gradients, seen)
-            return score_and_index(job, gradients, seen, home, say)
+            label = score_and_index(job, gradients, seen, home, say)
+            job.progress.console.print(report_table(job.reports))
+        return label
 
 
-def cache_folder() -> Path:
-
-    return Path(tempfile.gettempdir()) / "influence-engine"
-
-
-def model_spec(config: Config) -> tuple[ModelSpec, Path]:
-    """Return the model's checkpoints with their learning rates and fingerprints, and the first one's local folder."""
-    given = config.checkpoints.path
-    if given is None:
-        raise ValueError("checkpoints is missing: name a Trainer output folder, a model folder, or a list")
-    found = find_checkpoints(given, config.checkpoints.learning_rate)
-    folders = [c.path.fetch(cache_folder()) for c in found]
-    specs = tuple(
-        CheckpointSpec(c.name, c.path.uri, c.step, float(c.learning_rate or 0.0), fingerprint(folder))
-        for c, folder in zip(found, folders, strict=True)
-    )
-    model = ModelSpec(
-        config.task.name, config.task.settings, specs, config.gradients.compute, config.gradients.attention
-    )
-    return model, folders[0]
-
-
-def ingest_set(run: Location, name: str, section: CorpusSection, task: Task, say: Callable[[str], None]) -> None:
-    """Stage 0: stream records once into rows. A set that is already there stays as it is."""
-    records = islice(read_records(section.path, split=section.split), section.limit)
-    report = ingest(run, name, records, lambda record: encode(task, record))
-    say(
-        f"{name}: {report.examples:,} examples of {report.documents:,} records, {report.tokens:,} tokens, "
-        f"{report.truncated:,} truncated, {report.chunked:,} chunked"
-    )
+def check_learning_rates(method: Method, model: ModelSpec) -> None:
+    """Refuse a method that weighs checkpoints by η where one has none. Raises ValueError naming it."""
+    unknown = [c.name for c in model.checkpoints if c.learning_rate is None]
+    if method.weighs_by_learning_rate and unknown:
+        raise ValueError(f"the learning rate of {unknown[0]} is not known: set checkpoints.learning_rate")
 
 
 @contextmanager
-def worker_pool(config: Config, run: Location) -> Iterator[Pool]:
+def worker_pool(config: Config, run: Location, model: ModelSpec) -> Iterator[Pool]:
     """Give the pool that the config asks for."""
     cluster = config.cluster
     if cluster.backend == "in-process":
-        with InProcessPool(MakeWorker(run.uri, "cpu")) as pool:
+        workers = 1 if cluster.workers == "auto" else cluster.workers
+        with InProcessPool(MakeWorker(run.uri, "cpu"), workers) as pool:
             yield pool
         return
-    connect(cluster.address or "auto")
+    if connect(cluster.address or "auto") and len(nodes()) > 1:
+        refuse_unseen_paths(run, model)
     plan = worker_plan(cluster.workers, cluster.device, resources())
     device = "cuda" if plan.gpus else "cpu"
     with RayPool(MakeWorker(run.uri, device), plan.count, plan.cpus, plan.gpus) as ray_pool:
@@ -177,14 +174,6 @@ def gradient_spec(config: Config, seen: dict[str, Any]) -> GradientSpec:
     return GradientSpec(tuple(seen["parameters"]), projection(config), g.norms, g.token_budget)
 
 
-def record_identity(run: Location, config: Config, model: ModelSpec) -> None:
-    """Write what the run is about, or refuse a config that is about something else; and every checkpoint's own file."""
-    settings = {k: v for k, v in config.task.settings.items() if k not in ("tokenizer", "model")}
-    declare_stage(run, "identity", {"task": config.task.name, "settings": settings})
-    for checkpoint in model.checkpoints:
-        run.create_json(f"checkpoints/{checkpoint.name}.json", asdict(checkpoint))
-
-
 def collect(job: Job, gradients: GradientSpec, seen: dict[str, Any]) -> None:
     """Stage 1: every checkpoint's gradient rows of every shard into the store."""
     config, corpus = job.config.gradients, Corpus.open(job.run, TRAIN)
@@ -195,7 +184,7 @@ def collect(job: Job, gradients: GradientSpec, seen: dict[str, Any]) -> None:
         StoreSettings(
             arrays=seen["arrays"], ranges=seen["ranges"], modules=seen["parameters"], dtype=config.dtype,
             compression=config.compression, norms=config.norms,
-            extra={"projection": asdict(gradients.projection), "architecture": seen["architecture"], "shard_rows": rows},
+            extra={"projection": asdict(gradients.projection), "shard_rows": rows},
         ),
     )  # fmt: skip
     for checkpoint in job.model.checkpoints:

@@ -22,8 +22,8 @@ from engine.models import save_checkpoint
 from engine.tasks.contract import Task, encode, initialise
 from engine.training import Step, train
 from launch.config import Config, load_config
-from launch.job import cache_folder
 from launch.messages import plain_errors
+from launch.sources import cache_folder
 from storage.locations import Location
 from storage.readers import read_records
 

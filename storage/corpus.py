@@ -212,7 +212,8 @@ def _records_of_open_ingest(segments: list[Segment]) -> int:
 
 def _open_parquet(run: Location, key: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(run.open(key))
+        path = run.local_path()
+        return pq.ParquetFile(run.open(key) if path is None else path / key)  # Arrow closes files of its own by itself
     except pa.ArrowException as error:
         raise OSError(f"{run.uri}/{key} is damaged: {error}. Restore it, or ingest into another run.") from error
 

@@ -38,7 +38,7 @@ def read_records(
     FileNotFoundError if nothing is there. ValueError for an unknown file type, a malformed line (with its number and
     an excerpt), a line that is no JSON object, archive columns of unequal length, or a split that is not there.
     """
-    location, keys = _files(uri)
+    location, keys = source_files(uri)
     if any(key in DATASET_FILES for key in keys):
         yield from _dataset(location, uri, split, cache)
         return
@@ -49,7 +49,7 @@ def read_records(
             yield from read(file, place)
 
 
-def _files(uri: str) -> tuple[Location, list[str]]:
+def source_files(uri: str) -> tuple[Location, list[str]]:
     """Return a location and the keys below it to be read; [""] if it is itself a file."""
     if any(mark in uri for mark in "*?["):
         return _globbed(uri)

@@ -145,7 +145,8 @@ def _row(originals: dict[str, Any], encoded: dict[str, Any], place: str, tally: 
         raise ValueError(f"{place}: encode must not return {taken[0]!r}, a column of every corpus. Use another name.")
     length = len(fields["input_ids"]) if "input_ids" in fields else 1
     tally.tokens += length
-    return {**originals, ENCODED: fields, "length": length}
+    own = {name: fields.pop(name) for name in originals if name in fields}  # a chunk's own text for the document's
+    return {**originals, **own, ENCODED: fields, "length": length}
 
 
 def _canonical(row: dict[str, Any]) -> bytes:

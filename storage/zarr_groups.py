@@ -68,10 +68,9 @@ def encode_shard(metadata: dict[str, bytes], values: dict[str, np.ndarray], star
     """Return the objects that hold `values` from row `start` on, by key below the group, in the order of `values`."""
     memory = MemoryStore({key: cpu.Buffer.from_bytes(data) for key, data in metadata.items()})
     objects: dict[str, bytes] = {}
-    for name, array in values.items():
-        target = open_array(memory, name)
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            target[start : start + len(array)] = array
+    with zarr.config.set({"array.write_empty_chunks": True}):  # an array takes it up when it is opened
+        for name, array in values.items():
+            open_array(memory, name)[start : start + len(array)] = array
     for name in values:
         keys = [key for key in memory._store_dict if key.startswith(f"{name}/c/")]
         objects |= {key: memory._store_dict[key].to_bytes() for key in sorted(keys)}

@@ -68,7 +68,7 @@ class ScoreBlock:
 class Source(Protocol):
     """A checkpoint as a method sees it."""
 
-    learning_rate: float
+    learning_rate: float | None
     layout: RowLayout
     parameters: tuple[str, ...]  # of the norm columns
 
@@ -82,6 +82,7 @@ class Method(Protocol):
     reads: str  # what score is given: "gradients" | "features" | "examples" | "ids"
     score_unit: str
     online: bool  # answers a new query in seconds from what is stored
+    weighs_by_learning_rate: bool
 
     def checkpoints(self, count: int) -> list[int]: ...
     def prepare(self, queries: list[Batch], source: Source) -> QueryState: ...

@@ -25,12 +25,15 @@ class TracIn:
     reads: ClassVar[str] = "gradients"
     score_unit: ClassVar[str] = "loss_change"  # predicted fall of the query's loss, per step of SGD on the example
     online: ClassVar[bool] = True
+    weighs_by_learning_rate: ClassVar[bool] = True
 
     def checkpoints(self, count: int) -> list[int]:
         """Return the positions of the checkpoints that take part: all."""
         return list(range(count))
 
     def prepare(self, queries: list[Batch], source: Source) -> QueryState:
+        if source.learning_rate is None:
+            raise ValueError("TracIn weighs every checkpoint by its learning rate: set checkpoints.learning_rate")
         return query_gradients(queries, source, self.modules, source.learning_rate)
 
     def score(self, rows: Rows, state: QueryState) -> ScoreBlock:
@@ -46,6 +49,7 @@ class GradientDot:
     reads: ClassVar[str] = "gradients"
     score_unit: ClassVar[str] = "dot"
     online: ClassVar[bool] = True
+    weighs_by_learning_rate: ClassVar[bool] = False
 
     def checkpoints(self, count: int) -> list[int]:
         return one_checkpoint(self.checkpoint, count)
@@ -66,6 +70,7 @@ class GradientCosine:
     reads: ClassVar[str] = "gradients"
     score_unit: ClassVar[str] = "cosine"
     online: ClassVar[bool] = True
+    weighs_by_learning_rate: ClassVar[bool] = False
 
     def checkpoints(self, count: int) -> list[int]:
         return one_checkpoint(self.checkpoint, count)

@@ -21,6 +21,8 @@ _IGNORED = -100
 class CausalLM:
     """Loss over the example's own tokens; padding, prompt tokens and labels of −100 are masked."""
 
+    granularity = "chunk"
+
     def __init__(
         self,
         tokenizer: str,  # folder of the tokenizer
@@ -61,8 +63,12 @@ class CausalLM:
             )
         step = self.max_tokens - 1
         chunks = [slice(start, start + self.max_tokens) for start in range(0, max(1, len(tokens) - 1), step)]
-        rows = [{"input_ids": tokens[c], "counted": np.append(0, counted[c][1:]).astype(np.uint8)} for c in chunks]
-        return [row for row in rows if row["counted"].any()]
+        return [self._row(tokens[c], counted[c], len(chunks) > 1) for c in chunks if counted[c][1:].any()]
+
+    def _row(self, tokens: np.ndarray, counted: np.ndarray, chunked: bool) -> dict:
+        """Return what the row of one chunk adds; a chunk keeps its own text in place of the whole document's."""
+        row: dict = {"input_ids": tokens, "counted": np.append(0, counted[1:]).astype(np.uint8)}
+        return row | {self.text_field: self.tokenizer.decode(tokens, skip_special_tokens=True)} if chunked else row
 
     def _tokens(self, record: dict) -> tuple[np.ndarray, np.ndarray]:
         """Return the document's token ids and which of them the loss counts."""

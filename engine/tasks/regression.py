@@ -55,7 +55,7 @@ class Regression:
         if self.tokenizer is None:
             numbers = np.asarray(record.get(self.input_field), dtype=object).reshape(-1)
             try:
-                return [{"inputs": numbers.astype(np.float32), "target": float(target)}]
+                return [{"inputs": np.array([float(n) for n in numbers], dtype=np.float32), "target": float(target)}]
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"field {self.input_field!r} is {record.get(self.input_field)!r}, numbers needed"

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from actors.progress import StageProgress, StageReport, duration, size, status_line
+from actors.progress import StageProgress, StageReport, duration, report_table, size, status_line
 from actors.units import Receipt
 
 
@@ -36,11 +36,25 @@ def test_plain_output_has_a_line_every_few_seconds() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_closing_table_stands_at_the_end(terminal: bool) -> None:
+def test_a_finished_stage_says_so(terminal: bool) -> None:
     text = shown(terminal)
-    for part in ("[Errno 5]", "3,000 (100/s)", "60,000 (2,000/s)", "3.0 MiB", "1.0 GiB a worker", "2 (ids 7, 9)"):
-        assert part in text
+    assert "[Errno 5]" in text
+    assert "collect: done, 3,000 rows in 30 s" in text
     assert "stopped" not in text
+
+
+def test_the_closing_table_has_a_line_a_stage() -> None:
+    reports = [
+        StageReport("collect", 40, 10, 3000, 60_000, 3 * 2**20, 30.0, 2**30, 1, quarantined=(7, 9)),
+        StageReport("score", 4, 0),
+    ]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report_table(reports))
+    lines = console.file.getvalue().splitlines()
+    (collect,) = (line for line in lines if "collect" in line)
+    for part in ("40 (10 before)", "3,000", "100", "2,000", "3.0 MiB", "1.0 GiB", "2 (ids 7, 9)"):
+        assert part in collect
+    assert any("score" in line for line in lines)
 
 
 def test_a_stopped_stage_says_how_to_go_on() -> None:

@@ -1,0 +1,171 @@
+"""The experiments at toy size, the runner that resumes them cell by cell, and the gates' table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.metrics import bootstrap_interval
+from launch import validate
+from launch.experiments import registry, tracin_mislabel
+from launch.experiments.registry import EXPERIMENTS, Experiment, Gate, load_experiment
+
+
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_toy_pass_ends_with_gates_and_a_report_and_no_committed_result(name: str, tmp_path: Path) -> None:
+    gates = validate.validate(name, toy=True, results=tmp_path / "results", reports=tmp_path / "reports")
+    folder = tmp_path / "reports" / f"{name}-toy"
+    assert gates
+    assert all(np.isfinite(gate["value"]) and gate["ci"][0] <= gate["value"] <= gate["ci"][1] for gate in gates)
+    assert json.loads((folder / "report.json").read_text())["gates"] == json.loads(json.dumps(gates))
+    assert (folder / "report.md").read_text().count("\n|") == len(gates) + 2
+    assert not (tmp_path / "results").exists()
+    if load_experiment(name).plot:
+        assert list(folder.glob("*.png"))
+        assert list(folder.glob("*.svg"))
+
+
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_registered_experiment_goes_by_its_name_and_lists_its_cells(name: str) -> None:
+    experiment = load_experiment(name)
+    assert experiment.name == name
+    for toy in (False, True):
+        cells = experiment.cells(validate.experiment_config(name, toy))
+        assert cells
+        assert len(set(cells)) == len(cells)
+    assert "toy" not in validate.experiment_config(name, toy=True)
+
+
+def test_unknown_experiment_is_refused_naming_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"'tracin\.mislable' is not known: one of tracin\.mislabel, collect"):
+        load_experiment("tracin.mislable")
+
+
+class Counting:
+    """An experiment of two cells that remembers what it ran, and may fail at one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.config: dict[str, Any] = {"size": 3}
+        self.ran: list[str] = []
+        self.failing = ""
+        experiment = Experiment("counting", "it counts", 1, lambda config: ["a", "b"], self.run, self.gates)
+        monkeypatch.setattr(validate, "load_experiment", lambda name: experiment)
+        monkeypatch.setattr(validate, "experiment_config", lambda name, toy: dict(self.config))
+
+    def run(self, config: dict[str, Any], cell: str) -> dict[str, Any]:
+        assert torch.get_num_threads() == 1
+        if cell == self.failing:
+            raise OSError("killed")
+        self.ran.append(cell)
+        return {"value": config["size"]}
+
+    def gates(self, config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]:
+        return [Gate("sum", sum(result["value"] for result in done.values()), threshold=5.0)]
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    return Counting(monkeypatch)
+
+
+def test_killed_experiment_goes_on_with_the_cells_that_are_missing(counting: Counting, tmp_path: Path) -> None:
+    counting.failing = "b"
+    with pytest.raises(OSError, match="killed"):
+        validate.validate("counting", results=tmp_path, reports=tmp_path / "reports")
+    assert not (tmp_path / "counting.json").exists()
+    counting.failing = ""
+    gates = validate.validate("counting", results=tmp_path, reports=tmp_path / "reports")
+    assert counting.ran == ["a", "b"]
+    assert (gates[0]["value"], gates[0]["pass"]) == (6, True)
+    report = json.loads((tmp_path / "counting.json").read_text())
+    assert report["gates"] == gates
+    assert report["cells"] == 2
+    assert {"date", "commit", "seconds", "machine"} <= report.keys()
+    assert sorted(f.name for f in (tmp_path / "cells" / "counting").iterdir()) == ["a.json", "b.json"]
+
+
+def test_another_config_runs_every_cell_again(counting: Counting, tmp_path: Path) -> None:
+    for size in (3, 3, 2):
+        counting.config = {"size": size}
+        gates = validate.validate("counting", results=tmp_path, reports=tmp_path / "reports")
+    assert counting.ran == ["a", "b", "a", "b"]
+    assert (gates[0]["value"], gates[0]["pass"]) == (4, False)
+
+
+def test_gate_table_says_what_was_asked_and_what_was_only_reported() -> None:
+    gates = [
+        Gate("hit", 0.9, (0.85, 0.95), 0.8, paper=0.8),
+        Gate("miss", 0.7, threshold=0.8),
+        Gate("cost", 0.3, threshold=0.5, at_least=False),
+        Gate("loss", 0.6),
+    ]
+    assert validate.gate_table([gate.record() for gate in gates]).splitlines()[2:] == [
+        "| hit | 0.900 | 0.850 – 0.950 | ≥ 0.8 | yes | 0.8 |",
+        "| miss | 0.700 | – | ≥ 0.8 | **no** | – |",
+        "| cost | 0.300 | – | ≤ 0.5 | yes | – |",
+        "| loss | 0.600 | – | – | reported | – |",
+    ]
+
+
+def test_readme_tables_are_written_between_the_markers(counting: Counting, tmp_path: Path) -> None:
+    validate.validate("counting", results=tmp_path, reports=tmp_path / "reports")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
+    validate.write_tables(tmp_path, readme)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- results: begin -->\n**`counting`**: it counts (")
+    assert text.endswith("<!-- results: end -->\nafter\n")
+    assert "| sum | 6.000 |" in text
+    assert "old" not in text
+
+
+def test_checkpoints_are_spread_over_equal_falls_of_the_loss() -> None:
+    losses = [1.0, 0.4, 0.5, 0.3, 0.25, 0.2, 0.15, 0.1, 0.09, 0.08, 0.05, 0.04, 0.02, 0.01, 0.0, 0.0]
+    chosen = tracin_mislabel.choose_checkpoints(losses, 4)
+    assert chosen == [1, 3, 4, 10]  # falls of 0.2375: dense where it is steep, nothing at the start or once converged
+    assert 2 not in chosen  # an epoch that raised the loss
+    with pytest.raises(ValueError, match=r"4 epochs are too few for 6 checkpoints: raise train\.epochs"):
+        tracin_mislabel.choose_checkpoints([1.0, 0.5, 0.2, 0.1], 6)
+
+
+def test_flipped_labels_are_a_tenth_and_the_likeliest_wrong_class() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(50, 10, generator=generator), torch.randint(0, 10, (50,), generator=generator)
+    given, flipped = tracin_mislabel.flip_labels(logits, labels, 0.1, seed=3)
+    assert flipped.sum() == 5
+    for row in range(50):
+        order = [c for c in logits[row].argsort(descending=True).tolist() if c != labels[row]]
+        assert given[row] == (order[0] if flipped[row] else labels[row])
+    assert (tracin_mislabel.flip_labels(logits, labels, 0.1, seed=4)[1] != flipped).any()
+
+
+def test_self_influence_is_the_sum_of_squared_gradients_over_the_checkpoints() -> None:
+    config = {"widths": [4], "train": {"learning_rate": 0.2}}
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(5, 784, generator=generator), torch.randint(0, 10, (5,), generator=generator)
+    models = [tracin_mislabel.mlp(config) for _ in range(2)]
+    scores = tracin_mislabel.scores_of(config, [m.state_dict() for m in models], images, labels, seed=0)
+    expected = np.zeros(5)
+    for model in models:
+        for row in range(5):
+            loss = torch.nn.functional.cross_entropy(model(images[row : row + 1]), labels[row : row + 1])
+            parts = torch.autograd.grad(loss, list(model.parameters()))
+            expected[row] += 0.2 * sum(float(part.double().square().sum()) for part in parts)
+    np.testing.assert_allclose(scores["tracin"], expected, rtol=1e-4)
+
+
+def test_interval_of_the_median_ignores_one_wild_pair() -> None:
+    ratios = np.array([0.9, 0.91, 0.92, 0.93, 0.9, 0.91, 0.92, 0.93, 50.0])
+    low, high = bootstrap_interval(ratios, statistic=np.median)
+    assert 0.9 <= low <= np.median(ratios) <= high <= 0.93
+    assert bootstrap_interval(ratios)[1] > 5
+
+
+def test_registry_gate_passes_only_on_the_asked_side() -> None:
+    assert registry.Gate("x", 0.8, threshold=0.8).record()["pass"] is True
+    assert registry.Gate("x", 0.8, threshold=0.8, at_least=False).record()["pass"] is True
+    assert registry.Gate("x", 0.81, threshold=0.8, at_least=False).record()["pass"] is False
+    assert registry.Gate("x", 0.8).record()["pass"] is None

@@ -1,0 +1,127 @@
+"""Checkpoints as the Trainer leaves them: in order of step, with the learning rate each was trained at."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.checkpoints import find_checkpoints, fingerprint
+
+HISTORY = [
+    {"step": 10, "loss": 1.0, "learning_rate": 1.0},
+    {"step": 20, "learning_rate": 0.5},
+    {"step": 20, "eval_loss": 2.0},
+    {"step": 40, "learning_rate": 0.1},
+]
+
+
+def model(folder: Path, history: list[dict[str, Any]] | None = None, step: int = 0, weights: bytes = b"w") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_text("{}")
+    if history is not None:
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}))
+    return folder
+
+
+def trainer_output(folder: Path, steps: list[int], history: list[dict[str, Any]]) -> Path:
+    for step in steps:
+        seen = [entry for entry in history if entry["step"] <= step]
+        model(folder / f"checkpoint-{step}", history if step == max(steps) else seen, step)
+    (folder / "runs").mkdir()
+    (folder / "runs" / "log.txt").write_text("")
+    return folder
+
+
+def test_a_trainer_folder_in_order_of_step(tmp_path: Path) -> None:
+    found = find_checkpoints(str(trainer_output(tmp_path / "out", [10, 100, 20, 30, 5], HISTORY)))
+    assert [(ref.name, ref.step) for ref in found] == [(f"checkpoint-{s}", s) for s in (5, 10, 20, 30, 100)]
+    assert [ref.learning_rate for ref in found] == pytest.approx([1.0, 1.0, 0.5, 0.3, 0.1])
+    assert [ref.how for ref in found] == [
+        "taken from step 10",
+        "logged",
+        "logged",
+        "interpolated between steps 20 and 40",
+        "taken from step 40",
+    ]
+    assert found[1].path.local_path() == tmp_path / "out" / "checkpoint-10"
+
+
+def test_interpolation_weighs_by_distance(tmp_path: Path) -> None:
+    history = [{"step": 0, "learning_rate": 1.0}, {"step": 10, "learning_rate": 0.0}]
+    found = find_checkpoints(str(trainer_output(tmp_path / "out", [1, 9], history)))
+    assert [ref.learning_rate for ref in found] == pytest.approx([0.9, 0.1])
+
+
+def test_a_single_model_is_one_checkpoint(tmp_path: Path) -> None:
+    [ref] = find_checkpoints(str(model(tmp_path / "final")))
+    assert (ref.name, ref.step, ref.learning_rate, ref.how) == ("final", 0, None, "unknown")
+    [ref] = find_checkpoints(str(model(tmp_path / "checkpoint-40", HISTORY, 40)))
+    assert (ref.step, ref.learning_rate, ref.how) == (40, 0.1, "logged")
+
+
+def test_an_explicit_list(tmp_path: Path) -> None:
+    a, b, c = (str(model(tmp_path / f"{n}" / "m")) for n in "abc")
+    given = [{"path": b, "learning_rate": 0.2, "step": 7}, {"path": a, "learning_rate": 0.1, "step": 3}]
+    found = find_checkpoints(given)
+    assert [(r.path.uri, r.step, r.learning_rate, r.how) for r in found] == [(a, 3, 0.1, "given"), (b, 7, 0.2, "given")]
+    assert len({r.name for r in found}) == 2
+    found = find_checkpoints([b, c, a], learning_rates=1)
+    assert [(r.path.uri, r.step, r.learning_rate) for r in found] == [(b, 0, 1.0), (c, 1, 1.0), (a, 2, 1.0)]
+
+
+def test_given_learning_rates_win(tmp_path: Path) -> None:
+    folder = str(trainer_output(tmp_path / "out", [10, 20], HISTORY))
+    found = find_checkpoints(folder, [3.0, 4.0])
+    assert [(r.learning_rate, r.how) for r in found] == [(3.0, "given"), (4.0, "given")]
+    with pytest.raises(ValueError, match="checkpoints.learning_rate has 3 values, there are 2 checkpoints"):
+        find_checkpoints(folder, [1, 2, 3])
+
+
+def test_unknown_learning_rates_are_asked_for(tmp_path: Path) -> None:
+    folder = trainer_output(tmp_path / "out", [10, 20], [])
+    with pytest.raises(
+        ValueError, match=r"of checkpoint-10, checkpoint-20 is not logged. Give checkpoints.learning_rate"
+    ):
+        find_checkpoints(str(folder))
+
+
+@pytest.mark.parametrize("content", [[], ["checkpoint-10/optimizer.pt", "checkpoint-10/rng_state.pth"]])
+def test_nothing_found_says_what_was_looked_for(tmp_path: Path, content: list[str]) -> None:
+    for name in content:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint: looked for checkpoint-<step> .*\*.safetensors"):
+        find_checkpoints(str(tmp_path))
+
+
+def test_bad_lists_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="checkpoints is an empty list"):
+        find_checkpoints([])
+    with pytest.raises(ValueError, match=r"checkpoint 0 has \['lr', 'path'\], must have path"):
+        find_checkpoints([{"path": str(tmp_path), "lr": 1}])
+
+
+def test_the_fingerprint_is_of_weights_and_config_only(tmp_path: Path) -> None:
+    a, b, c = (model(tmp_path / n, weights=w) for n, w in (("a", b"w"), ("b", b"w"), ("c", b"v")))
+    (b / "README.md").write_text("words")
+    (b / "optimizer.pt").write_bytes(b"state")
+    assert fingerprint(a) == fingerprint(b) != fingerprint(c)
+    (b / "config.json").write_text('{"layers": 2}')
+    assert fingerprint(a) != fingerprint(b)
+    (a / "model.safetensors").rename(a / "other.safetensors")
+    assert fingerprint(a) != fingerprint(model(tmp_path / "d"))
+    with pytest.raises(FileNotFoundError, match=r"holds no weights: looked for \*.safetensors"):
+        fingerprint(tmp_path)
+
+
+def test_on_s3(bucket: str, tmp_path: Path) -> None:
+    from storage.locations import Location
+
+    place = Location.parse(f"s3://{bucket}/out")
+    place.create("checkpoint-5/model.safetensors", b"w")
+    place.create_json("checkpoint-5/trainer_state.json", {"log_history": [{"step": 5, "learning_rate": 0.5}]})
+    [ref] = find_checkpoints(place.uri)
+    assert (ref.name, ref.learning_rate) == ("checkpoint-5", 0.5)
+    assert fingerprint(ref.path.fetch(tmp_path / "cache")) != ""
