@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -59,18 +60,42 @@ def nodes() -> list[str]:
     return sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
-def nodes_that_cannot_read(paths: list[str]) -> list[str]:
-    """Return the hosts on which one of these local paths does not exist, asking every node of the cluster."""
+def nodes_that_cannot_read(
+    paths: list[str],
+    exists: Callable[[str], bool] = os.path.exists,  # carried to every node by value; an argument for tests
+    timeout: float = 60.0,  # seconds a node has to answer
+) -> list[str]:
+    """Return the nodes on which one of these local paths does not exist, asking each one that is alive.
+
+    A node is called by host name, address and the start of its id: several may share the first two. One that gives no
+    answer cannot be worked on, so it is named too; one that died meanwhile is not.
+    """
 
     def sees() -> bool:
-        return all(os.path.exists(path) for path in paths)
+        return all(exists(path) for path in paths)
 
     asked = {}
     for node in ray.nodes():
         if node["Alive"]:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[node["NodeManagerHostname"]] = ray.remote(num_cpus=0, scheduling_strategy=where)(sees).remote()
-    return sorted(host for host, answer in asked.items() if not ray.get(answer, timeout=60))
+            asked[ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(sees).remote()] = node
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=timeout)
+    alive = set(nodes())
+    blind = {node_name(asked[answer]) for answer in answered if asked[answer]["NodeID"] in alive and not _get(answer)}
+    return sorted(blind | {f"{node_name(asked[answer])} (no answer in {timeout:.0f} s)" for answer in silent})
+
+
+def node_name(node: Mapping[str, Any]) -> str:  # as ray.nodes() describes it
+    """Return what tells a node from every other: `gpu-3 (10.0.0.7, 5f3a09c1)`."""
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"
+
+
+def _get(answer: Any) -> bool:
+    """Return a node's answer; an answer that was lost on the way says no."""
+    try:
+        return bool(ray.get(answer))
+    except RayError:
+        return False
 
 
 def resources() -> dict[str, float]:

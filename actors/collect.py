@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from actors.context import WorkerContext
+from actors.leftovers import write_unit
 from actors.specs import GradientSpec, ModelSpec
 from actors.units import Receipt, Unit
 from engine.batches import plan_batches
@@ -18,7 +19,6 @@ from engine.parameters import changed_parameters, select_parameters
 from engine.projection import row_layout
 from engine.tasks.contract import Task
 from storage.gradients import DONE, QUARANTINED, RowBlock
-from storage.locations import ObjectConflict
 
 COVERAGE_WARNING = 0.95
 
@@ -82,37 +82,38 @@ def collect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     hooks = context.gradients(model, at["checkpoint"], spec)
     task = context.task(model)
     rows = context.rows(None, at["set"], at)
-    shard = shard_gradients(hooks, task, rows, spec, context.device)
+    shard, bad = shard_gradients(hooks, task, rows, spec, context.device)
     store = context.store(None)
     where = (at["set"], at["checkpoint"], at["segment"], at["start"])
-    try:
-        objects = store.write(*where, shard)
-    except ObjectConflict:
-        # an earlier attempt without a done-record wrote other bytes (another machine type): all of it goes
-        store.delete_shard(*where)
-        objects = store.write(*where, shard)
-    return receipt_of(unit, rows, shard.state, objects)
+    objects = write_unit(
+        context, settings, unit, lambda: store.write(*where, shard), lambda: store.delete_shard(*where)
+    )
+    return receipt_of(unit, rows, bad, objects)
 
 
-def receipt_of(unit: Unit, rows: list[dict], state: np.ndarray, objects: list) -> Receipt:
-    bad = tuple(int(rows[i]["id"]) for i in np.flatnonzero(state == QUARANTINED))
+def receipt_of(unit: Unit, rows: list[dict], bad: dict[int, str], objects: list) -> Receipt:
+    """Return the receipt of a unit over these rows; `bad` says by position which were not finite, and where."""
+    under = f" under {unit.payload['checkpoint']}" if "checkpoint" in unit.payload else ""
     return Receipt(
         unit.key,
         rows=len(rows),
         tokens=int(sum(row["length"] for row in rows)),
         bytes=sum(o.size for o in objects),
-        quarantined=bad,
+        quarantined={int(rows[i]["id"]): f"{bad[i]}{under}" for i in sorted(bad)},
         objects=[asdict(o) for o in objects],
     )
 
 
 def shard_gradients(
     hooks: PerExampleGradients, task: Task, rows: list[dict], spec: GradientSpec, device: torch.device
-) -> RowBlock:
-    """Return the gradient rows, losses and norms of a shard in row order; a non-finite row is quarantined, all NaN."""
+) -> tuple[RowBlock, dict[int, str]]:
+    """Return the gradient rows, losses and norms of a shard in row order, and where which row is not finite.
+
+    Such a row is quarantined, all NaN.
+    """
     n, layout = len(rows), hooks.projector.layout
     arrays = {name: np.empty((n, width), dtype=np.float32) for name, width in layout.arrays.items()}
-    losses, state = np.empty(n), np.full(n, DONE, dtype=np.uint8)
+    losses, state, bad = np.empty(n), np.full(n, DONE, dtype=np.uint8), dict[int, str]()
     norms = np.empty((n, len(spec.parameters)), dtype=np.float32) if spec.norms else None
     for positions in plan_batches(np.array([row["length"] for row in rows]), spec.token_budget):
         out = hooks(task.loss, task.collate([rows[i] for i in positions]).to(device))
@@ -121,10 +122,10 @@ def shard_gradients(
         losses[positions] = out.losses.cpu().numpy()
         if norms is not None and out.norms is not None:
             norms[positions] = out.norms.cpu().numpy()
-        for position in nonfinite(out, layout):
-            row = positions[position]
-            state[row] = QUARANTINED
+        for position, where in nonfinite(out, layout).items():
+            row = int(positions[position])
+            state[row], bad[row] = QUARANTINED, where
             losses[row] = np.nan
             for array in [*arrays.values()] + ([] if norms is None else [norms]):
                 array[row] = np.nan
-    return RowBlock(arrays, losses, norms, state)
+    return RowBlock(arrays, losses, norms, state), bad

@@ -1,20 +1,17 @@
 """Stage 4: merge the shards' scores into the index that answers queries. One shard is held at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from actors.score import ShardScores, load_scores, scores_key
 from actors.specs import ModelSpec, ScoreSpec
-from actors.states import load_state
-from engine.knn import build_neighbours, faiss_module, recall, search
 from engine.topk import TopK, merge
 from storage.corpus import Corpus
-from storage.gradients import DONE, QUARANTINED, GradientStore
+from storage.gradients import QUARANTINED
 from storage.index import SIDES, write_index
 from storage.locations import Location
 
@@ -51,13 +48,19 @@ class IndexJob:
 
 def build_index(job: IndexJob) -> None:
     """Merge every query's top-k over the shards in id order and write both tables with the scores' description."""
+    top = merged_top(job)
+    train = Corpus.open(job.home, job.score.corpus)
+    queries = Corpus.open(job.run, job.score.queries)
+    write_index(job.run, job.score.label, describe(job), by_query(top, train, queries), by_example(job, train))
+
+
+def merged_top(job: IndexJob) -> TopK:
+    """Return every query's top-k over all shards."""
     top: TopK | None = None
     for shard in _shards(job):
         top = shard.top if top is None else merge(top, shard.top, job.score.top_k)
     assert top is not None
-    train = Corpus.open(job.home, job.score.corpus)
-    queries = Corpus.open(job.run, job.score.queries)
-    write_index(job.run, job.score.label, describe(job), by_query(top, train, queries), by_example(job, train))
+    return top
 
 
 def describe(job: IndexJob) -> dict[str, Any]:
@@ -134,48 +137,3 @@ def brief(record: dict[str, Any]) -> dict[str, Any]:
 def _shards(job: IndexJob) -> Iterator[ShardScores]:
     for piece in job.shards:
         yield load_scores(job.run, scores_key(job.score.label, piece))
-
-
-def neighbour_rows(job: IndexJob) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield ids and √η_i-scaled rows of all checkpoints side by side, quarantined examples left out."""
-    home = job.home
-    store = GradientStore.open(home)
-    segments = {s.name: s for s in Corpus.open(home, job.score.corpus).segments}
-    for piece in job.shards:
-        parts, good = [], None
-        for name in job.score.checkpoints:
-            block = store.read(job.score.corpus, name, piece["segment"], piece["start"], piece["stop"])
-            weight = load_state(job.run, job.score.label, name).weight
-            parts += [array * np.float32(weight**0.5) for array in block.rows.values()]
-            good = (block.state == DONE) if good is None else good & (block.state == DONE)
-        ids = segments[piece["segment"]].base + np.arange(piece["start"], piece["stop"], dtype=np.int64)
-        yield ids[good], np.concatenate(parts, axis=1)[good]
-
-
-def query_vectors(job: IndexJob) -> np.ndarray:
-    """Return the stored queries as the neighbour index is asked: √η_i-scaled, side by side, float32 [Q, width]."""
-    parts = []
-    for name in job.score.checkpoints:
-        state = load_state(job.run, job.score.label, name)
-        parts += [array * state.weight**0.5 for array in state.arrays.values()]
-    return torch.cat(parts, 1).numpy()
-
-
-def build_neighbour_index(job: IndexJob, kind: str, say: Callable[[str], None]) -> None:
-    """Build a FAISS index for new queries, and print its recall@100 against the exact answer on the stored ones."""
-    faiss = faiss_module()
-    count = sum(p["stop"] - p["start"] for p in job.shards)
-    queries = query_vectors(job)
-    index = build_neighbours(kind, neighbour_rows(job), count, queries.shape[1])
-    k = min(100, job.score.top_k, count)
-    top: TopK | None = None
-    for shard in _shards(job):
-        top = shard.top if top is None else merge(top, shard.top, k)
-    assert top is not None
-    found, _ = search(index, queries, k)
-    measured = recall(found[0], top.ids[0][:, :k])
-    key = f"index/{job.score.label}/neighbours-{kind}.faiss"
-    job.run.create(key, faiss.serialize_index(index).tobytes())
-    say(
-        f"{kind} index of {count:,} rows × {queries.shape[1]:,}: recall@{k} {measured:.3f} on {len(queries)} stored queries"
-    )

@@ -59,12 +59,15 @@ def worker_name(slot: int, generation: int, host: str) -> str:
 def attempt(name: str, worker: Worker, function: str, settings: dict[str, Any], unit: Unit) -> Done | Failed:
     """Run one unit and return what became of it; runs beside the worker, so no exception ever travels.
 
-    An OSError may be tried again, every other exception is a bug. The receipt is signed with the worker's name.
+    An OSError may be tried again; a ValueError or FloatingPointError is a mistake in config or data, said in one
+    message; every other exception is a bug. The receipt is signed with the worker's name.
     """
     try:
         return Done(name, replace(worker.run(function, settings, unit), worker=name))
     except OSError as error:
         return Failed(name, unit.key, f"{type(error).__name__}: {error}", "storage", traceback.format_exc())
+    except (ValueError, FloatingPointError) as error:
+        return Failed(name, unit.key, str(error), "mistake", traceback.format_exc())
     except Exception as error:
         return Failed(name, unit.key, f"{type(error).__name__}: {error}", "bug", traceback.format_exc())
 

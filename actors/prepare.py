@@ -6,12 +6,14 @@ from typing import Any
 import torch
 
 from actors.context import CheckpointSource, WorkerContext
+from actors.leftovers import put
 from actors.states import save_state, state_key
 from actors.units import Receipt, Unit
 from engine.batches import Batch
-from engine.methods.contract import load_method
+from engine.gradients import GradientBatch, nonfinite
+from engine.methods.contract import QueryState, load_method
+from engine.projection import RowLayout
 from engine.tasks.contract import Task
-from storage.locations import ObjectRecord
 
 
 def prepare_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
@@ -24,21 +26,22 @@ def prepare_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     source = CheckpointSource(context, model, checkpoint, spec, form)
     method = load_method(score.method, score.method_settings)
     state = method.prepare(query_batches(context.task(model), rows, spec.token_budget), source)
-    bad = ~torch.isfinite(state.losses)
-    for array in state.arrays.values():
-        bad |= ~torch.isfinite(array).all(1)
-    if bad.any():
-        first = rows[int(torch.nonzero(bad)[0])]
-        raise FloatingPointError(
-            f"query {first['id']} ({first['source_id']}) has a non-finite loss or gradient at checkpoint {checkpoint}: "
-            f"leave it out of queries.path, or compute in float32."
-        )
+    refuse_nonfinite(state, source.layout, [f"{row['id']} (source:{row['source_id']})" for row in rows], checkpoint)
     key = state_key(score.label, checkpoint)
     data = save_state(state)
-    context.run.create(key, data)
-    record = ObjectRecord.of(key, data)
+    record = put(context, settings, unit, key, data)
     tokens = int(sum(row["length"] for row in rows))
     return Receipt(unit.key, rows=len(rows), tokens=tokens, bytes=len(data), objects=[asdict(record)])
+
+
+def refuse_nonfinite(state: QueryState, layout: RowLayout, names: list[str], checkpoint: str) -> None:
+    """Raise FloatingPointError naming the first query whose loss or gradient is not finite, and where."""
+    ids = torch.arange(len(names))
+    for position, where in sorted(nonfinite(GradientBatch(ids, state.losses, state.arrays, None), layout).items()):
+        raise FloatingPointError(
+            f"query {names[position]} is not finite: {where} under {checkpoint}. Leave it out, under a new queries.name "
+            f"if it stands in a file, or set gradients.compute=float32."
+        )
 
 
 def query_batches(task: Task, rows: list[dict], token_budget: int) -> list[Batch]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -15,7 +16,7 @@ from actors.units import Receipt
 
 @dataclass(frozen=True)
 class StageReport:
-    """What a stage did. Rows, tokens, bytes and seconds are those of this run, quarantined ids those of the stage."""
+    """What a stage did. Rows, tokens, bytes and seconds are those of this run, quarantined rows those of the stage."""
 
     stage: str
     units: int  # in the stage
@@ -26,7 +27,7 @@ class StageReport:
     seconds: float = 0.0  # wall clock
     peak_memory: int = 0  # of the largest worker, in bytes
     retries: int = 0  # units that were started again
-    quarantined: tuple[int, ...] = ()
+    quarantined: dict[int, str] = field(default_factory=dict)  # id, and where it was not finite
 
 
 class StageProgress:
@@ -38,7 +39,7 @@ class StageProgress:
         clock: Callable[[], float] = time.monotonic,
         every: float = 5.0,  # seconds between plain lines
     ) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, width=None if sys.stderr.isatty() else 140)
         self.clock = clock
         self.every = every
         self._bar: Progress | None = None
@@ -108,9 +109,9 @@ def report_table(reports: list[StageReport]) -> Table:
         "rows/s",
         "tokens/s",
         "written",
-        "peak memory",
+        "memory",
         "retries",
-        "quarantined",
+        "bad rows",
     ):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for report in reports:
@@ -119,16 +120,20 @@ def report_table(reports: list[StageReport]) -> Table:
         table.add_row(
             report.stage, f"{report.units}{before}", duration(report.seconds), f"{report.rows:,}",
             f"{report.rows * per_second:,.0f}", f"{report.tokens * per_second:,.0f}", size(report.bytes),
-            size(report.peak_memory), str(report.retries), quarantined_text(report.quarantined),
+            size(report.peak_memory), str(report.retries), str(len(report.quarantined)),
         )  # fmt: skip
+    bad: dict[int, str] = {}
+    for report in reversed(reports):  # what the first stage that met a row says of it
+        bad |= report.quarantined
+    if bad:
+        table.caption, table.caption_justify = f"set aside, not finite: {quarantined_text(bad)}", "left"
     return table
 
 
-def quarantined_text(ids: tuple[int, ...]) -> str:
-    """Return how many rows were set aside, and the first ten ids."""
-    if not ids:
-        return "0"
-    return f"{len(ids)} (ids {', '.join(map(str, ids[:10]))}{', …' if len(ids) > 10 else ''})"
+def quarantined_text(rows: Mapping[int, str]) -> str:
+    """Return the first ten rows that were set aside, each with where it was not finite, and how many more there are."""
+    more = f"; and {len(rows) - 10} more" if len(rows) > 10 else ""
+    return "; ".join(f"id {row}: {rows[row]}" for row in sorted(rows)[:10]) + more
 
 
 def duration(seconds: float) -> str:

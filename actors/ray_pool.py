@@ -163,6 +163,8 @@ class RayPool:
         except RayActorError:  # gone before it ran anything: the slot goes on waiting for an actor
             self._slots[slot.number] = self._start(slot.number, slot.generation, slot.since)
             return []
+        except RayError as error:  # its environment cannot be made, or no node will ever have the resources
+            raise PoolError(f"worker {slot.number} could not start: {first_line(error)}") from error
         slot.starting = None
         slot.name = worker_name(slot.number, slot.generation, host)
         self._last_ready = self._clock()

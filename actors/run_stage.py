@@ -8,8 +8,22 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from actors.pool import Pool
-from actors.progress import StageProgress, StageReport
-from actors.schedule import Commit, Event, Failed, Instruction, Limits, Lost, Ready, Replace, Run, Schedule, Stop, Tick
+from actors.progress import StageProgress, StageReport, quarantined_text
+from actors.schedule import (
+    Commit,
+    Done,
+    Event,
+    Failed,
+    Instruction,
+    Limits,
+    Lost,
+    Ready,
+    Replace,
+    Run,
+    Schedule,
+    Stop,
+    Tick,
+)
 from actors.units import Receipt, Stage
 
 
@@ -76,7 +90,7 @@ def run_stage(
             report,
             seconds=clock() - began,
             retries=schedule.retries,
-            quarantined=tuple(sorted(set(schedule.quarantined))),
+            quarantined=schedule.bad_rows,
         )
         if progress:
             progress.end(report, finished)
@@ -109,12 +123,15 @@ def carry_out(
 
 
 def write_down(news: list[Event], stage: Stage, progress: StageProgress | None, events: EventSink | None) -> None:
-    """Write failures and losses to the event log and show them; what went well is in the journal."""
+    """Write failures, losses and rows set aside to the event log and show them; what went well is in the journal."""
     for event in news:
         match event:
             case Failed(worker, unit, error, kind, detail):
                 fields: dict[str, Any] = {"unit": unit, "error": error, "error_kind": kind, "detail": detail}
                 name, text = "failed", f"unit {unit} failed on {worker}: {error}"
+            case Done(worker, receipt) if receipt.quarantined:
+                fields = {"unit": receipt.unit, "rows": receipt.record()["quarantined"]}
+                name, text = "quarantined", f"set aside, not finite: {quarantined_text(receipt.quarantined)}"
             case Lost(worker, reason, with_node):
                 fields = {"reason": reason, "with_node": with_node}
                 name, text = "lost", f"lost {worker}: {reason}"

@@ -30,12 +30,12 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """A unit raised: `storage` for an OSError, which is tried again, `bug` for everything else, which is not."""
+    """A unit raised: `storage` for an OSError, which is tried again; `mistake` in config or data and `bug`, which are not."""
 
     worker: str
     unit: str
     error: str  # "OSError: SlowDown"
-    kind: Literal["storage", "bug"]
+    kind: Literal["storage", "mistake", "bug"]
     detail: str = ""  # the worker's traceback
 
 
@@ -72,7 +72,7 @@ class Commit:
 @dataclass(frozen=True)
 class Stop:
     message: str
-    detail: str = ""  # the traceback behind it, if any
+    detail: str = ""  # the traceback of a bug
 
 
 Event = Ready | Done | Failed | Lost | Tick
@@ -114,14 +114,22 @@ class Schedule:
         self.kills: dict[str, int] = {}
         self.deaths_in_a_row = 0  # worker processes that died since a unit was last done
         self.retries = 0
-        records = [done[key] for key in sorted(self.done)]  # read once: each may be an object in storage
+        records = [record for key, record in done.items() if key in self.done] if self.done else []
         self.rows = sum(record.get("rows", 0) for record in records)
-        self.quarantined = [row for record in records for row in record.get("quarantined", ())]
+        self.quarantined = [(int(k), v) for record in records for k, v in record.get("quarantined", {}).items()]
         self.stop: Stop | None = None
 
     @property
     def finished(self) -> bool:
         return len(self.done) == len(self.stage.units)
+
+    @property
+    def bad_rows(self) -> dict[int, str]:
+        """Return the rows that were not finite, ids ascending, each with the first place where it was not."""
+        places: dict[int, str] = {}
+        for row, where in sorted(self.quarantined):
+            places.setdefault(row, where)
+        return places
 
     @property
     def busy(self) -> list[str]:
@@ -165,7 +173,7 @@ class Schedule:
         self.deaths_in_a_row = 0
         self.last_done = self.now
         self.rows += receipt.rows
-        self.quarantined += receipt.quarantined
+        self.quarantined += receipt.quarantined.items()
         return [Commit(receipt)]
 
     def _take_in_failure(self, failure: Failed) -> None:
@@ -173,7 +181,11 @@ class Schedule:
         if unit is None:
             return
         attempts = self.attempts[unit.key] = self.attempts.get(unit.key, 0) + 1
-        if failure.kind == "bug":
+        if failure.kind == "mistake":
+            self._give_up(
+                f"{failure.error} (Unit {unit.label()}.) {self._progress()}; mend it and run again to resume."
+            )
+        elif failure.kind == "bug":
             self._give_up(
                 f"unit {unit.label()} failed on {failure.worker}: {failure.error}. This is no storage error, so it is "
                 f"not tried again. {self._progress()}; mend it and run again to resume.",
@@ -181,9 +193,8 @@ class Schedule:
             )
         elif attempts >= self.limits.attempts:
             self._give_up(
-                f"unit {unit.label()} failed {attempts} times, last on {failure.worker}: {failure.error}. "
-                f"{self._progress()}; run again to resume.",
-                failure.detail,
+                f"unit {unit.label()} failed {attempts} times, last on {failure.worker}: {failure.error.rstrip('.')}. "
+                f"{self._progress()}; run again to resume."
             )
         else:
             self.retries += 1
@@ -237,12 +248,13 @@ class Schedule:
         expected_rows = self.rows / len(self.done) * len(self.stage.units)
         bad = len(self.quarantined)
         if bad > self.limits.max_bad_fraction * expected_rows:
-            shown = ", ".join(str(row) for row in sorted(set(self.quarantined))[:20])
-            more = f" and {bad - 20} more" if bad > 20 else ""
+            rows = self.bad_rows
+            shown = "; ".join(f"id {row}: {where}" for row, where in list(rows.items())[:5])
+            more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
             self._give_up(
-                f"{bad} of {self.rows} rows are not finite: ids {shown}{more}. Allowed is a fraction of "
-                f"{self.limits.max_bad_fraction} of the stage (max_bad_fraction). Look at these rows, erase them or "
-                f"raise max_bad_fraction. {self._progress()}; run again to resume."
+                f"{bad} of {self.rows} rows are not finite: {shown}{more}. cluster.max_bad_fraction="
+                f"{self.limits.max_bad_fraction} of the stage is allowed. Look at these rows, erase them or "
+                f"raise it. {self._progress()}; run again to resume."
             )
 
     def _check_stall(self) -> None:

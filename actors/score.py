@@ -15,6 +15,7 @@ from torch import Tensor
 
 from actors.collect import receipt_of
 from actors.context import WorkerContext
+from actors.leftovers import put
 from actors.specs import GradientSpec, ScoreSpec
 from actors.units import Receipt, Unit
 from engine.batches import plan_batches
@@ -23,7 +24,7 @@ from engine.methods.contract import QueryState, Rows, load_method
 from engine.tasks.contract import Task
 from engine.topk import TopK, top_k
 from storage.gradients import DONE, QUARANTINED
-from storage.locations import Location, ObjectRecord
+from storage.locations import Location
 
 _QUERY_BLOCK = 1024  # queries multiplied with a shard at a time
 
@@ -54,8 +55,8 @@ def score_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> 
     shard = add_up(ids, parts, spec)
     key = scores_key(spec.label, at)
     data = save_scores(shard)
-    context.run.create(key, data)
-    return receipt_of(unit, rows, shard.state, [ObjectRecord.of(key, data)])
+    bad = {int(i): "an earlier stage set it aside" for i in np.flatnonzero(shard.state == QUARANTINED)}
+    return receipt_of(unit, rows, bad, [put(context, settings, unit, key, data)])
 
 
 def stored_parts(
@@ -120,19 +121,21 @@ def compute_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     n, queries = len(rows), len(state.losses)
     block = {"scores": np.full((n, queries), np.nan, dtype=np.float64), "self_influence": np.full(n, np.nan)}
     block |= {"losses": np.full(n, np.nan), "state": np.full(n, DONE, dtype=np.uint8)}
+    bad: dict[int, str] = {}
     for positions in plan_batches(np.array([row["length"] for row in rows]), spec.token_budget):
-        _compute_batch(block, positions, hooks, context.task(model), rows, state, method, spec, context.device, whole)
+        bad |= _compute_batch(
+            block, positions, hooks, context.task(model), rows, state, method, spec, context.device, whole
+        )
     data = safetensors.numpy.save(block)
     key = block_key(score.label, at)
-    context.run.create(key, data)
-    return receipt_of(unit, rows, block["state"], [ObjectRecord.of(key, data)])
+    return receipt_of(unit, rows, bad, [put(context, settings, unit, key, data)])
 
 
 def _compute_batch(
     block: dict[str, np.ndarray], positions: np.ndarray, hooks: PerExampleGradients, task: Task, rows: list[dict],
     state: QueryState, method: Any, spec: GradientSpec, device: torch.device, whole: bool,
-) -> None:  # fmt: skip
-    """Fill one batch's lines of the block."""
+) -> dict[int, str]:  # fmt: skip
+    """Fill one batch's lines of the block, and return where which of them is not finite."""
     out = hooks(task.loss, task.collate([rows[i] for i in positions]).to(device))
     arrays = {name: array.cpu() for name, array in out.arrays.items()}
     norms = None if out.norms is None else out.norms.cpu()
@@ -146,8 +149,9 @@ def _compute_batch(
     if scored.self_influence is not None:
         block["self_influence"][positions] = scored.self_influence.numpy()
     block["losses"][positions] = out.losses.cpu().numpy()
-    for bad in nonfinite(out, hooks.projector.layout):
-        block["state"][positions[bad]] = QUARANTINED
+    bad = {int(positions[i]): where for i, where in nonfinite(out, hooks.projector.layout).items()}
+    block["state"][list(bad)] = QUARANTINED
+    return bad
 
 
 def computed_parts(context: WorkerContext, spec: ScoreSpec, at: dict[str, Any]) -> Iterator[Part]:

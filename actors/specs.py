@@ -68,15 +68,15 @@ class ScoreSpec:
     dense: bool = field(default=False)
 
 
-def declare_stage(run: Location, name: str, settings: dict[str, Any]) -> None:
+def declare_stage(run: Location, name: str, settings: dict[str, Any], other: str = "another run") -> None:
     """Write a stage's record, or compare with the one that is there. Raises StageMismatch if they differ."""
-    declare(run, f"stages/{name}.json", settings, f"stage {name} of run {run.uri}")
+    declare(run, f"stages/{name}.json", settings, f"stage {name} of run {run.uri}", other)
 
 
-def declare(run: Location, key: str, settings: dict[str, Any], what: str) -> None:
+def declare(run: Location, key: str, settings: dict[str, Any], what: str, other: str = "another run") -> None:
     """Create a record with its hash, or compare with the one that is there.
 
-    Raises StageMismatch naming the first value that differs.
+    Raises StageMismatch naming the first value that differs, and what `other` thing to use for both to be kept.
     """
     settings = json.loads(json.dumps(settings))
     if not run.exists(key):
@@ -87,7 +87,7 @@ def declare(run: Location, key: str, settings: dict[str, Any], what: str) -> Non
     if before != settings:
         where, old, new = first_difference(before, settings)
         raise StageMismatch(
-            f"{what} was made with {where}={old!r}, this job has {new!r}. Use another run, or that value."
+            f"{what} was made with {where}={old!r}, this job has {new!r}. Use {other}, or restore that value."
         )
 
 
@@ -97,9 +97,9 @@ def digest(settings: Any) -> str:
 
 
 def first_difference(a: Any, b: Any, where: str = "") -> tuple[str, Any, Any]:
-    """Return the path of the first value in which two unequal records differ, with both values."""
+    """Return the path of the first value, in the order of `b`, in which two unequal records differ, with both values."""
     if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted(a.keys() | b.keys()):
+        for key in dict.fromkeys([*b, *a]):
             if a.get(key) != b.get(key):
                 return first_difference(a.get(key), b.get(key), f"{where}.{key}" if where else key)
     return where, a, b

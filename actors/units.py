@@ -50,13 +50,13 @@ class Receipt:
     bytes: int = 0  # written to storage
     seconds: float = 0.0
     peak_memory: int = 0  # bytes, of the worker's process
-    quarantined: tuple[int, ...] = ()  # ids of rows that were not finite
+    quarantined: dict[int, str] = field(default_factory=dict)  # rows that were not finite: id, and where
     objects: list[dict[str, Any]] = field(default_factory=list)  # key, size and checksum of everything written
     worker: str = ""  # filled in by the pool
 
     def record(self) -> dict[str, Any]:
         """Return the done-record: the receipt as JSON-ready values."""
-        return {**asdict(self), "quarantined": list(self.quarantined)}
+        return {**asdict(self), "quarantined": {str(row): where for row, where in self.quarantined.items()}}
 
 
 class Worker(Protocol):

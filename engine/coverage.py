@@ -3,7 +3,8 @@
 The hooks are held against autograd too: a weight that a model also reads outside its module's call is found here.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,42 +38,53 @@ def measure_coverage(
     """Return the share of the squared gradient norm that the chosen parameters carry.
 
     The truth is one plain backward pass per example over all weights, without any hook. Cost: two full backwards each.
+    Examples that are not finite are left out.
     Raises ValueError for a chosen parameter whose gradient by hooks differs from it.
     """
-    hooked = _hooked_squares(model, parameters, loss, batches)
     named = {n: w for n, w in model.named_parameters() if w.is_floating_point() and (among is None or n in among)}
     captured = {p.name for p in parameters}
-    squares = dict.fromkeys(named, 0.0)
-    weights = list(named.values())
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        for batch in batches:
-            total = loss(model, batch).sum()
-            for name, grad in zip(named, torch.autograd.grad(total, weights, allow_unused=True), strict=True):
-                squares[name] += 0.0 if grad is None else float(grad.double().square().sum())
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
+    by_hooks = list(_hooked_squares(model, parameters, loss, batches))
+    pairs = zip(by_hooks, _true_squares(model, named, loss, batches), strict=True)
+    finite = [(hooked, true) for hooked, true in pairs if all(map(math.isfinite, [*hooked.values(), *true.values()]))]
+    hooked, squares = (_summed(part) for part in zip(*finite, strict=True)) if finite else ({}, {})
     _refuse_missed_uses(hooked, squares)
     whole = sum(squares.values())
     if whole == 0:
-        return Coverage(1.0, (), len(batches))
+        return Coverage(1.0, (), len(finite))
     others = sorted(((s / whole, n) for n, s in squares.items() if n not in captured and s > 0), reverse=True)
     share = sum(s for n, s in squares.items() if n in captured) / whole
-    return Coverage(share, tuple((n, s) for s, n in others[:5]), len(batches))
+    return Coverage(share, tuple((n, s) for s, n in others[:5]), len(finite))
+
+
+def _summed(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def _true_squares(
+    model: nn.Module, named: Mapping[str, Tensor], loss: Callable[[nn.Module, Batch], Tensor], batches: list[Batch]
+) -> Iterator[dict[str, float]]:
+    """Yield, for every batch, ‖∇‖² of every named weight by one plain backward pass."""
+    weights = list(named.values())
+    for batch in batches:
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            grads = torch.autograd.grad(loss(model, batch).sum(), weights, allow_unused=True)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        squares = [0.0 if grad is None else float(grad.double().square().sum()) for grad in grads]
+        yield dict(zip(named, squares, strict=True))
 
 
 def _hooked_squares(
     model: nn.Module, parameters: list[Parameter], loss: Callable[[nn.Module, Batch], Tensor], batches: list[Batch]
-) -> dict[str, float]:
-    """Return Σ‖∇‖² of every chosen parameter as the hooks see it."""
+) -> Iterator[dict[str, float]]:
+    """Yield, for every batch, ‖∇‖² of every chosen parameter as the hooks see it."""
     with PerExampleGradients(model, parameters, Whole(parameters, stored=False)) as gradients:
-        squares = dict.fromkeys((p.name for p in parameters), 0.0)
         for batch in batches:
-            for name, array in gradients(loss, batch).arrays.items():
-                squares[name] += float(array.double().square().sum())
-    return squares
+            arrays = gradients(loss, batch).arrays
+            yield {name: float(array.double().square().sum()) for name, array in arrays.items()}
 
 
 def _refuse_missed_uses(hooked: dict[str, float], truth: dict[str, float]) -> None:

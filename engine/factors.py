@@ -25,12 +25,17 @@ class Factor:
         return self.one_hot or self.values.shape[-1]
 
     def project(self, matrix: Tensor | None) -> Tensor:
-        """Return [B, T, k]: every vector times the (k, n) matrix; unchanged, and dense, without one."""
+        """Return [B, T, k]: every vector times the (k, n) matrix; unchanged, and dense, without one.
+
+        Vectors that are projected already, k long, stay as they are: a projection always shortens.
+        """
         if self.one_hot:
             if matrix is None:
                 return F.one_hot(self.values, self.one_hot).float()
             return matrix.T[self.values]
-        return self.values if matrix is None else self.values @ matrix.T.to(self.values.dtype)
+        if matrix is None or self.width == len(matrix):
+            return self.values
+        return self.values @ matrix.T.to(self.values.dtype)
 
 
 def gradient_vector(a: Factor, b: Factor) -> Tensor:

@@ -122,20 +122,30 @@ class PerExampleGradients:
         for index, _ in uses:
             self._calls[index] = self._calls.get(index, 0) + 1
         with torch.no_grad():
-            kept = [(index, use, self._input(use, module, inner)) for index, use in uses]
-        output.register_hook(partial(self._backward, module, kept))
+            kept = [(index, use, self._input(index, use, module, inner)) for index, use in uses]
+        versions = [_tensor(held)._version for _, _, held in kept]
+        output.register_hook(partial(self._backward, name, module, kept, versions))
         return output.clone() if output.is_leaf else output  # a later in-place operation may not touch a leaf
 
-    def _input(self, use: Use, module: nn.Module, inner: Tensor) -> Factor | Tensor:
-        """Return what the backward hook needs of the module's input."""
+    def _input(self, index: int, use: Use, module: nn.Module, inner: Tensor) -> Factor | Tensor:
+        """Return what the backward hook needs of the module's input: exact norms need all of it, rows the projection."""
         if use.role in ("linear", "conv1d"):
-            return Factor(inner.detach().flatten(1, -2) if inner.dim() > 2 else inner.detach().unsqueeze(1))
+            whole = Factor(inner.detach().flatten(1, -2) if inner.dim() > 2 else inner.detach().unsqueeze(1))
+            return whole if self.norms else self.projector.reduce_input(self.parameters[index], whole)
         if use.role in ("embedding", "embedding-transposed"):
             return Factor(inner.flatten(1), int(module.num_embeddings))  # type: ignore[arg-type]
-        return inner.detach()
+        return inner.detach() if use.role == "scale" else inner.new_empty(0)  # a bias needs none of it
 
-    def _backward(self, module: nn.Module, kept: list[tuple[int, Use, Factor | Tensor]], delta: Tensor) -> None:
+    def _backward(
+        self, name: str, module: nn.Module, kept: list[tuple[int, Use, Factor | Tensor]], versions: list[int], delta: Tensor
+    ) -> None:  # fmt: skip
         """Multiply the two factors of every use into the rows, and into the squared norms."""
+        if versions != [_tensor(held)._version for _, _, held in kept]:
+            # frozen weights keep autograd from saving the input, and so from checking it
+            raise ValueError(
+                f"the input of module {name} was changed in place after the module had read it, so its gradient cannot "
+                f"be taken. Use the operation that is not in place, or leave it out of gradients.modules."
+            )
         with torch.no_grad():
             for index, use, held in kept:
                 if use.role in ("bias", "scale"):
@@ -180,6 +190,10 @@ class PerExampleGradients:
             f"module {name} has first dimension {tensor.shape[0]} in a batch of {self._batch_size} examples: per-example "
             f"gradients need the examples along the first dimension. Leave it out of gradients.modules."
         )
+
+
+def _tensor(held: Factor | Tensor) -> Tensor:
+    return held.values if isinstance(held, Factor) else held
 
 
 def _vector_gradient(role: str, module: nn.Module, inner: Factor | Tensor, delta: Tensor) -> Tensor:
@@ -229,4 +243,7 @@ def nonfinite(batch: GradientBatch, layout: RowLayout) -> dict[int, str]:
             bad = torch.nonzero(~torch.isfinite(array[position])).flatten()[0].item()
             here = next((r.parameter for r in layout.ranges if r.array == name and r.start <= bad < r.stop), name)
             found.setdefault(position, "the gradient" if here == "*" else f"the gradient of {here}")
+    if batch.norms is not None:  # too large for its square, though not for itself
+        for position in torch.nonzero(~torch.isfinite(batch.norms).all(1)).flatten().tolist():
+            found.setdefault(position, "the norm of the gradient")
     return found

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -136,17 +137,26 @@ def read_state(folder: Path) -> dict[str, Tensor]:
 
 
 def architecture_of(folder: Path) -> str:
-    """Return a hash of every stored weight's name and shape: equal for all checkpoints of one model. Reads no values."""
+    """Return a hash of every stored weight's name and shape: equal for all checkpoints of one model. Reads no values.
+
+    Raises ValueError naming a file that does not read.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        else:
-            state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-            shapes |= {name: tuple(tensor.shape) for name, tensor in state.items()}
+        try:
+            shapes |= _shapes(file)
+        except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"weights {file} do not read: {error}. Copy them again, or leave this one out.") from error
     lines = [f"{name} {shape}" for name, shape in sorted(shapes.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -161,7 +171,8 @@ def save_checkpoint(model: nn.Module, folder: Path) -> None:
     """Write a model so that its task's `build` reads it back: Hugging Face form where it has one, else safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)  # type: ignore[operator]
+        with quiet_transformers():
+            model.save_pretrained(folder)  # type: ignore[operator]
         return
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(state, folder / "model.safetensors")

@@ -29,6 +29,7 @@ class Projector(Protocol):
 
     layout: RowLayout
 
+    def reduce_input(self, parameter: Parameter, b: Factor) -> Factor: ...  # all that add_matrix needs of an input
     def add_matrix(self, arrays: dict[str, Tensor], parameter: Parameter, a: Factor, b: Factor) -> None: ...
     def add_vector(self, arrays: dict[str, Tensor], parameter: Parameter, gradient: Tensor) -> None: ...
 
@@ -47,6 +48,9 @@ class TwoSided:
             right = None if p.is_vector else side_matrix(projection, p.name, "input", p.in_features)
             moved = [None if side is None else side.to(device=device, dtype=dtype) for side in (left, right)]
             self._sides[p.name] = (moved[0], moved[1])
+
+    def reduce_input(self, parameter: Parameter, b: Factor) -> Factor:
+        return Factor(b.project(self._sides[parameter.name][1]))
 
     def add_matrix(self, arrays: dict[str, Tensor], parameter: Parameter, a: Factor, b: Factor) -> None:
         left, right = self._sides[parameter.name]
@@ -70,6 +74,9 @@ class Whole:
     def __init__(self, parameters: list[Parameter], stored: bool = True) -> None:
         self.layout = row_layout(parameters, Projection("none")) if stored else unprojected_layout(parameters)
 
+    def reduce_input(self, parameter: Parameter, b: Factor) -> Factor:
+        return b
+
     def add_matrix(self, arrays: dict[str, Tensor], parameter: Parameter, a: Factor, b: Factor) -> None:
         arrays[parameter.name] += gradient_vector(a, b).to(arrays[parameter.name].dtype)
 
@@ -88,6 +95,9 @@ class Dense:
         self._blocks, self._array = blocks, array
         columns = next(iter(blocks.values())).shape[0]
         self.layout = RowLayout({array: columns}, (Range("*", array, 0, columns, columns, 1),))
+
+    def reduce_input(self, parameter: Parameter, b: Factor) -> Factor:
+        return b
 
     def add_matrix(self, arrays: dict[str, Tensor], parameter: Parameter, a: Factor, b: Factor) -> None:
         step = max(1, _MATERIALISED // parameter.size)

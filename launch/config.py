@@ -5,40 +5,19 @@ never change a number beyond the tolerance the README states.
 """
 
 import dataclasses
-import difflib
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, create_model, field_validator
 
-from engine.methods.contract import load_method
+from engine.methods.contract import METHODS
+from engine.models import import_path
+from engine.tasks.contract import BUILT_IN
 from engine.training import TrainSettings
+from launch.sections import Section, explain, section_in, section_of, unknown_name
 
-
-class Section(BaseModel):
-    """A part of the config. A plain text stands for the field named by `shorthand`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    shorthand: ClassVar[str | None] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, str | list) and cls.shorthand:
-            return {cls.shorthand: data}
-        if not isinstance(data, dict):
-            raise ValueError(f"is {data!r}, a mapping of settings is needed")
-        for key in data:
-            if cls.model_config["extra"] == "forbid" and key not in cls.model_fields:
-                raise ValueError(_unknown(str(key), list(cls.model_fields)))
-        return data
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    meant = f"Did you mean {near[0]!r}? " if near else ""
-    return f"unknown key {key!r}. {meant}Allowed: {', '.join(known)}."
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a folder in the run
 
 
 class RunSection(Section):
@@ -62,12 +41,19 @@ class TaskSection(Section):
         default_factory=dict, description="arguments of the task's class: fields, max_tokens, tokenizer, …"
     )
 
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in BUILT_IN and ":" not in name:
+            raise ValueError(unknown_name(f"task.name={name!r}", name, [*BUILT_IN, "package.module:Class"]))
+        return name
+
 
 class CheckpointsSection(Section):
     """The model, at one or more moments of its training."""
 
     shorthand = "path"
-    path: str | list[dict[str, Any]] | None = Field(
+    path: str | list[str | dict[str, Any]] | None = Field(
         None,
         description="Hugging Face Trainer output folder, model folder, or a list of {path, learning_rate, step}",
     )
@@ -89,7 +75,14 @@ class CorpusSection(Section):
 class QueriesSection(CorpusSection):
     """The predictions that are asked about."""
 
-    name: str = Field("queries", pattern=r"^[A-Za-z0-9_.-]+$", description="name of this query set in the run")
+    name: str = Field("queries", pattern=NAME, description="name of this query set in the run")
+
+    @field_validator("name")
+    @classmethod
+    def _free(cls, name: str) -> str:
+        if name in ("train", "pretrain"):
+            raise ValueError(f"queries.name={name!r} is not allowed: the scored corpus has that name. Choose another.")
+        return name
 
 
 class TrainSection(Section):
@@ -117,7 +110,7 @@ class TrainSection(Section):
 class GradientsSection(Section):
     """Which per-example gradients are taken, and how they are kept."""
 
-    modules: list[str] | Literal["changed"] = Field(
+    modules: Literal["changed"] | list[str] = Field(
         "changed", description="globs over module or parameter names; changed: what training moved"
     )
     projection: Literal["two-sided", "gaussian", "rademacher", "none"] = Field("two-sided", description="see README")
@@ -136,24 +129,29 @@ class GradientsSection(Section):
 class MethodSection(Section):
     """The attribution method and its settings."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
     shorthand = "name"
     name: str = Field("tracin", description="tracin, gradient-dot or gradient-cosine")
 
-    def settings(self) -> dict[str, Any]:
-        return {key: tuple(v) if isinstance(v, list) else v for key, v in (self.model_extra or {}).items()}
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(unknown_name(f"method.name={name!r}", name, METHODS))
+        return name
 
-    @model_validator(mode="after")
-    def _known_settings(self) -> "MethodSection":
-        load_method(self.name, self.settings())
-        return self
+    def settings(self) -> dict[str, Any]:
+        """Return what was set of the method's own settings."""
+        return dict(self.model_extra or {})
 
 
 class ClusterSection(Section):
     """Where the work runs; never changes a result."""
 
     address: str | None = Field(None, description="Ray address; default: the job's own cluster, else a local one")
-    workers: int | Literal["auto"] = Field("auto", description="auto: one per GPU, else one per core")
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="auto: one per GPU, else one per core"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if the cluster has any")
     backend: Literal["ray", "in-process"] = Field(
         "ray", description="in-process: no Ray, one worker (notebooks, tests)"
@@ -165,7 +163,7 @@ class OutputSection(Section):
     """What the index holds; never changes a score."""
 
     top_k: int = Field(100, ge=1, description="proponents and opponents kept per query")
-    label: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="default <method>-<queries>-<hash>")
+    label: str | None = Field(None, pattern=NAME, description="default <method>-<queries>-<hash>")
     dense: bool = Field(False, description="also keep every score, N × Q float32")
     neighbours: Literal["exact", "ivf", "sqfp16"] = Field(
         "exact", description="index for new queries (FAISS but exact)"
@@ -194,11 +192,8 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"config {path} does not exist (looked in {Path.cwd()})")
-    try:
-        data = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is not valid YAML: {error}") from error
+        raise FileNotFoundError(f"config {path} is not there, or is no file (looked in {Path.cwd()}). Check the path.")
+    data = _read_yaml(file.read_bytes(), f"config {path}") or {}
     if not isinstance(data, dict):
         raise ValueError(f"config {path} holds {type(data).__name__}: it must be a mapping of sections")
     for override in overrides or []:
@@ -208,66 +203,71 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
 
 def make_config(data: dict[str, Any]) -> Config:
     """Return the checked config of a mapping. Raises ValueError with one line per mistake."""
+    schema = _schema_for(data)
     try:
-        return Config.model_validate(data)
+        checked = schema.model_validate(data)
     except ValidationError as error:
-        raise ValueError("\n".join(_describe(e) for e in error.errors())) from None
+        raise ValueError(explain(error, schema)) from None
+    return Config.model_validate(checked.model_dump(exclude_unset=True))
+
+
+def _schema_for(data: dict[str, Any]) -> type[Config]:
+    """Return the schema with the settings of the method and the task that the config names."""
+    method, task = METHODS.get(_name_in(data, "method")), _name_in(data, "task")
+    fields: dict[str, Any] = {}
+    if method:
+        own = section_of(import_path(method))
+        own_method: Any = create_model("Method", __base__=(MethodSection, own), __doc__=MethodSection.__doc__)
+        fields["method"] = (own_method, own_method())
+    if task in BUILT_IN or ":" in task:
+        settings = section_of(import_path(BUILT_IN.get(task, task)))
+        own_task: Any = create_model(
+            "Task", __base__=TaskSection, __doc__=TaskSection.__doc__, settings=(settings, settings())
+        )
+        fields["task"] = (own_task, own_task())
+    return create_model("Schema", __base__=Config, **fields)
+
+
+def _name_in(data: dict[str, Any], section: str) -> str:
+    """Return the name that a section gives, or its default; what is wrong with it the schema says."""
+    given = data.get(section)
+    name = given.get("name") if isinstance(given, dict) else given
+    return name if isinstance(name, str) else Config.model_fields[section].default.name
+
+
+def _read_yaml(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
     """Set one `section.key=value`; the value is read as YAML."""
     path, equals, text = override.partition("=")
     keys = path.split(".")
-    if not equals or len(keys) < 2:
+    if not equals or len(keys) < 2 or not all(keys):
         raise ValueError(f"override {override!r} is not allowed: write it as section.key=value")
     here = data
     for key in keys[:-1]:
         below = here.get(key)
-        if isinstance(below, str) and here is data:
+        if isinstance(below, str | list) and here is data:
             section = Config.model_fields.get(key)
             shorthand = getattr(section.annotation, "shorthand", None) if section else None
             below = {shorthand: below} if shorthand else None
         here[key] = below if isinstance(below, dict) else {}
         here = here[key]
-    here[keys[-1]] = yaml.safe_load(text)
-
-
-def _describe(error: Any) -> str:
-    """Return one mistake in the house form: key, value seen, what is allowed, the default."""
-    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("list[", "literal[", "function")))
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if error["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    if error["type"] == "missing":
-        return f"{where} is missing: it has no default"
-    default = _default(where.split("."))
-    return f"{where}={error['input']!r} is not allowed: {message}." + (
-        f" The default is {default!r}." if default else ""
-    )
-
-
-def _default(keys: list[str]) -> Any:
-    model: Any = Config
-    for key in keys:
-        field = getattr(model, "model_fields", {}).get(key)
-        if field is None:
-            return None
-        model = field.default if isinstance(field.default, Section) else field.annotation
-        if key == keys[-1]:
-            return None if field.is_required() else field.get_default(call_default_factory=True)
-    return None
+    here[keys[-1]] = _read_yaml(text, f"override {override!r}")
 
 
 def describe_config() -> str:
     """Return every section and field with default and meaning, as `--help` prints it."""
     lines = ["A config is YAML with these sections; any field can be set on the command line as section.key=value."]
     for name, section in Config.model_fields.items():
-        kind = next(
-            (a for a in getattr(section.annotation, "__args__", [section.annotation]) if a is not type(None)), None
-        )
-        assert isinstance(kind, type)
+        kind = section_in(section.annotation)
+        assert kind is not None
         lines += ["", f"{name}: {(kind.__doc__ or '').strip().splitlines()[0]}"]
-        for key, field in kind.model_fields.items():  # type: ignore[attr-defined]
+        for key, field in kind.model_fields.items():
             default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
             lines.append(f"  {key:<17} {field.description} [{default}]")
     return "\n".join(lines)

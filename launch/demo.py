@@ -24,10 +24,11 @@ from launch.job import score
 from launch.messages import plain_errors
 from launch.query import answer, show
 from launch.run import Run
+from launch.sources import TRAIN
 from launch.train import train_model
 from storage.corpus import Corpus
 
-CONFIG = "configs/demo.yaml"
+CONFIG = "configs/tracin.yaml"
 SOURCE = Path("tests/data/movie_reviews.train.jsonl.gz")
 ROWS, FLIPPED = 2000, 0.05
 
@@ -49,16 +50,26 @@ def mistakes(run: Run, count: int) -> list[int]:
     return [int(i) for i in order if losses[i] > np.log(2)]
 
 
+def mark_flipped(run: Run, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer with a star at every label that the demo itself turned round."""
+    corpus = Corpus.open(run.location, TRAIN)
+    starred = {
+        side: [row | {"label": row["label"] + "*" * corpus.row(row["id"])["flipped"]} for row in found[side]]
+        for side in ("proponents", "opponents")
+    }
+    return found | starred
+
+
 def query_losses(run: Run) -> np.ndarray:
     """Return every stored query's loss at the last checkpoint."""
     return run.states()[-1].losses.numpy()
 
 
-def noise_table(run: Run, home: str) -> Table:
+def noise_table(run: Run) -> Table:
     """Return how many of the flipped labels stand at the top by self-influence, by loss and by chance."""
     index = run.index()
     columns = pa.Table.from_batches(index.table("by_example", ["self_influence", "loss"]))
-    corpus = Corpus.open(run.location, home)
+    corpus = Corpus.open(run.location, TRAIN)
     rows: list[dict[str, Any]] = [row for s in corpus.segments for row in corpus.read(s, 0, s.rows)]
     flipped = np.array([row["flipped"] for row in rows])
     table = Table(title=f"flipped labels found ({flipped.sum()} of {len(rows)} were flipped)", title_justify="left")
@@ -91,11 +102,13 @@ def main() -> None:
     run = Run.open(config.run.uri)
     console.rule("(a) what taught the model these mistakes?")
     for query in mistakes(run, 3):
-        show(answer(run, str(query), None, None, 3, None), console)
+        show(mark_flipped(run, answer(run, str(query), None, None, 3, None)), console)
         console.print()
-    console.print("The opponents are the reviews that taught the mistake: training on them raised this loss.")
+    console.print(
+        "The opponents are the reviews that taught the mistake: training on them raised this loss. A star: flipped on purpose."
+    )
     console.rule("(b) which labels are wrong?")
-    console.print(noise_table(run, "train"))
+    console.print(noise_table(run))
     console.print(f"Ask it yourself: .venv/bin/python launch/query.py {config.run.uri} --text '…'")
 
 

@@ -6,12 +6,13 @@ ingest → inspect → collect → prepare → score → index
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from actors.cluster import connect, nodes, resources, worker_plan
 from actors.context import make_task
-from actors.index import IndexJob, build_index, build_neighbour_index
+from actors.index import IndexJob, build_index
+from actors.neighbours import build_neighbour_index
 from actors.plan import checkpoint_units, shard_rows, shard_units, shards
 from actors.pool import InProcessPool, Pool
 from actors.progress import StageProgress, StageReport, report_table
@@ -28,7 +29,7 @@ from launch.paths import refuse_relative_paths, refuse_unseen_paths
 from launch.sources import TRAIN, cache_folder, ingest_set, model_spec, record_identity, same_model
 from storage.corpus import Corpus
 from storage.gradients import GradientStore, StoreSettings
-from storage.journal import EventLog, Journal, RunLease
+from storage.journal import Claim, EventLog, Journal, RunLease
 from storage.locations import Location
 
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -66,9 +67,8 @@ class Job:
         """Run one stage to its end."""
         limits = Limits(max_bad_fraction=self.config.cluster.max_bad_fraction)
         journal = LeasedJournal(Journal(self.run, name), self.lease)
-        report = run_stage(
-            self.pool, Stage(name, function, settings, units), journal, self.progress, self.events, limits
-        )
+        stage = Stage(name, function, settings | {"claim": Claim(name, self.lease.number)}, units)
+        report = run_stage(self.pool, stage, journal, self.progress, self.events, limits)
         self.reports.append(report)
 
 
@@ -86,29 +86,33 @@ def score(config: Config, say: Callable[[str], None] = print) -> str:
     with RunLease(run) as lease:
         model, folders = model_spec(config, say)
         method = load_method(config.method.name, config.method.settings())
-        check_learning_rates(method, model)
+        check_checkpoints(method, model)
         task = make_task(model, folders[0], cache_folder())
         record_identity(run, model, folders[0], task)
         home = Location.parse(config.run.store) if config.run.store else run
         if config.run.store:
             same_model(home, model)
         else:
-            ingest_set(run, TRAIN, config.corpus, task, say)
-        ingest_set(run, config.queries.name, config.queries, task, say)
-        with worker_pool(config, run, model) as pool, EventLog(run, socket.gethostname()) as events:
+            ingest_set(run, TRAIN, config.corpus, task, folders[0], say)
+        ingest_set(run, config.queries.name, config.queries, task, folders[0], say)
+        driver = f"{socket.gethostname()}-{lease.number}"  # never two at once under one name
+        with worker_pool(config, run, model) as pool, EventLog(run, driver) as events:
             job = Job(config, run, pool, model, StageProgress(), events, lease)
             seen = inspect(job, say)
             gradients = gradient_spec(config, seen)
             if config.gradients.store and config.run.store is None:
                 collect(job, gradients, seen)
+            if config.gradients.store and config.run.store:
+                check_store(config, home, seen)
             label = score_and_index(job, gradients, seen, home, say)
             job.progress.console.print(report_table(job.reports))
         return label
 
 
-def check_learning_rates(method: Method, model: ModelSpec) -> None:
-    """Refuse a method that weighs checkpoints by η where one has none. Raises ValueError naming it."""
-    unknown = [c.name for c in model.checkpoints if c.learning_rate is None]
+def check_checkpoints(method: Method, model: ModelSpec) -> None:
+    """Refuse a method that asks for a checkpoint, or for the η of one, that is not there. Raises ValueError naming it."""
+    taken = [model.checkpoints[i] for i in method.checkpoints(len(model.checkpoints))]
+    unknown = [c.name for c in taken if c.learning_rate is None]
     if method.weighs_by_learning_rate and unknown:
         raise ValueError(f"the learning rate of {unknown[0]} is not known: set checkpoints.learning_rate")
 
@@ -123,7 +127,7 @@ def worker_pool(config: Config, run: Location, model: ModelSpec) -> Iterator[Poo
             yield pool
         return
     if connect(cluster.address or "auto") and len(nodes()) > 1:
-        refuse_unseen_paths(run, model)
+        refuse_unseen_paths(run, model, config.run.store)
     plan = worker_plan(cluster.workers, cluster.device, resources())
     device = "cuda" if plan.gpus else "cpu"
     with RayPool(MakeWorker(run.uri, device), plan.count, plan.cpus, plan.gpus) as ray_pool:
@@ -174,19 +178,29 @@ def gradient_spec(config: Config, seen: dict[str, Any]) -> GradientSpec:
     return GradientSpec(tuple(seen["parameters"]), projection(config), g.norms, g.token_budget)
 
 
+def store_settings(config: Config, seen: dict[str, Any], shard_rows: int) -> StoreSettings:
+    """Return what every row of this job's store has in common."""
+    g = config.gradients
+    return StoreSettings(
+        arrays=seen["arrays"], ranges=seen["ranges"], modules=seen["parameters"], dtype=g.dtype,
+        compression=g.compression, norms=g.norms,
+        extra={"projection": g.projection, "dim": g.dim, "seed": config.run.seed, "shard_rows": shard_rows},
+    )  # fmt: skip
+
+
+def check_store(config: Config, home: Location, seen: dict[str, Any]) -> None:
+    """Refuse another run's store whose rows are not what this job's queries would be. Raises StoreMismatch."""
+    store = GradientStore.open(home)
+    own = store_settings(config, seen, store.settings.extra["shard_rows"])
+    store.check(replace(own, dtype=store.settings.dtype, compression=store.settings.compression))
+
+
 def collect(job: Job, gradients: GradientSpec, seen: dict[str, Any]) -> None:
     """Stage 1: every checkpoint's gradient rows of every shard into the store."""
     config, corpus = job.config.gradients, Corpus.open(job.run, TRAIN)
     columns, itemsize = sum(seen["arrays"].values()), _ITEMSIZE[config.dtype]
     rows = config.shard_rows or shard_rows(corpus, seen["model_size"], columns, itemsize)
-    store = GradientStore.create(
-        job.run,
-        StoreSettings(
-            arrays=seen["arrays"], ranges=seen["ranges"], modules=seen["parameters"], dtype=config.dtype,
-            compression=config.compression, norms=config.norms,
-            extra={"projection": asdict(gradients.projection), "shard_rows": rows},
-        ),
-    )  # fmt: skip
+    store = GradientStore.create(job.run, store_settings(job.config, seen, rows))
     for checkpoint in job.model.checkpoints:
         for segment in corpus.segments:
             store.prepare(TRAIN, checkpoint.name, segment.name, segment.rows, rows)
@@ -217,7 +231,7 @@ def score_and_index(
     }  # fmt: skip
     record = what | {"gradients": asdict(gradients), "model": job.model.record(), "shard_rows": rows}
     label = config.output.label or f"{config.method.name}-{config.queries.name}-{digest(record)[:6]}"
-    declare_stage(job.run, f"score-{label}", record)
+    declare_stage(job.run, f"score-{label}", record, "another output.label")
     spec = ScoreSpec(label=label, **what)
     settings = {"model": job.model, "gradients": gradients, "score": spec}
     job.stage(f"prepare-{label}", "prepare", settings, [Unit(name, {"checkpoint": name}) for name in names])
@@ -225,7 +239,9 @@ def score_and_index(
     if not stored:
         job.stage(f"compute-{label}", "compute", settings, checkpoint_units(names, pieces, TRAIN))
     job.stage(f"score-{label}", "score", settings, shard_units(pieces, TRAIN))
-    index = IndexJob(job.run, job.model, spec, method.score_unit, "document", asdict(gradients.projection), pieces)
+    granularity = job.run.read_json("manifest.json")["granularity"]
+    index = IndexJob(job.run, job.model, spec, method.score_unit, granularity, asdict(gradients.projection), pieces)
+    job.lease.check()
     build_index(index)
     if config.output.neighbours != "exact":
         build_neighbour_index(index, config.output.neighbours, say)

@@ -1,16 +1,18 @@
 """Answers to new queries from what a run has stored: prepare the query as the job would, then scan the store exactly."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from actors.context import CheckpointSource, WorkerContext
 from actors.index import brief
+from actors.neighbours import search_neighbours
 from actors.plan import shards
-from actors.prepare import query_batches
+from actors.prepare import query_batches, refuse_nonfinite
 from actors.score import add_up, state_block
 from actors.specs import GradientSpec, ModelSpec, ScoreSpec
+from engine.limits import read_limits
 from engine.methods.contract import Method, QueryState
 from engine.tasks.contract import encode, predict
 from engine.topk import TopK, merge
@@ -42,7 +44,7 @@ def predicted_label(setting: Setting, record: dict[str, Any]) -> Any:
     """Return the label that the last checkpoint gives a record without one."""
     task = setting.context.task(setting.model)
     placeholder = record | {getattr(task, "label_field", "label"): 0}
-    rows = [placeholder | row for row in encode(task, placeholder)]
+    rows = encoded(setting, placeholder)
     model = setting.context.model(setting.model, setting.score.checkpoints[-1])
     answers = predict(task, model, task.collate(rows).to(setting.context.device))
     if answers is None:
@@ -50,15 +52,29 @@ def predicted_label(setting: Setting, record: dict[str, Any]) -> Any:
     return answers[0]
 
 
-def score_records(setting: Setting, records: list[dict[str, Any]], k: int) -> list[Answer]:
-    """Return the proponents and opponents of new records by an exact scan of the store. Memory: one shard."""
+def encoded(setting: Setting, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the examples of a record as at ingest. Raises ValueError for one that the model cannot read."""
+    limits = read_limits(setting.context.folder(setting.model, setting.score.checkpoints[-1]))
+    return [record | row for row in limits.check(encode(setting.context.task(setting.model), record))]
+
+
+def score_records(setting: Setting, records: list[dict[str, Any]], k: int, kind: str = "exact") -> list[Answer]:
+    """Return the proponents and opponents of new records.
+
+    "exact" scans the store, one shard in memory at a time; another kind asks the neighbour index of that name.
+    """
     task, states = setting.context.task(setting.model), {}
-    rows = [first_row(record | row) for record in records for row in encode(task, record)[:1]]
+    rows = [first_row(row) for record in records for row in encoded(setting, record)[:1]]
     for name in setting.score.checkpoints:
         source = CheckpointSource(setting.context, setting.model, name, setting.gradients, "rows")
         states[name] = setting.method.prepare(query_batches(task, rows, setting.gradients.token_budget), source)
+        refuse_nonfinite(states[name], source.layout, ["(new)"] * len(rows), name)
     corpus = setting.context.corpus(setting.score.home, setting.score.corpus)
-    top = scan(setting, corpus, states, k)
+    if kind == "exact":
+        top = scan(setting, corpus, states, k)
+    else:
+        run, ordered = setting.context.run, list(states.values())
+        top = search_neighbours(run, setting.score.label, kind, setting.method, ordered, k)
     return [
         Answer(record, *(found(corpus, top.ids[side, i], top.scores[side, i]) for side in (0, 1)))
         for i, record in enumerate(records)
@@ -71,19 +87,20 @@ def first_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def scan(setting: Setting, corpus: Corpus, states: dict[str, QueryState], k: int) -> TopK:
     """Return the top-k of all stored rows, one shard after another."""
-    top: TopK | None = None
+    top, spec = None, replace(setting.score, top_k=k, dense=False)
     segments = {s.name: s for s in corpus.segments}
     for at in shards(corpus, setting.shard_rows):
         ids = segments[at["segment"]].base + np.arange(at["start"], at["stop"], dtype=np.int64)
         parts = (
             state_block(setting.context, setting.score, setting.gradients, at, ids, n, s) for n, s in states.items()
         )
-        here = add_up(ids, parts, setting.score).top
-        top = here if top is None else merge(top, here, max(k, 1))
+        here = add_up(ids, parts, spec).top
+        top = here if top is None else merge(top, here, k)
     assert top is not None
-    return TopK(top.ids[:, :, :k], top.scores[:, :, :k])
+    return top
 
 
 def found(corpus: Corpus, ids: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
     """Return one side of an answer."""
-    return [{"id": int(i), "score": float(s), **brief(corpus.row(int(i)))} for i, s in zip(ids, scores, strict=True)]
+    pairs = [(int(i), float(s)) for i, s in zip(ids, scores, strict=True) if i >= 0]
+    return [{"id": i, "score": s, **brief(corpus.row(i))} for i, s in pairs]

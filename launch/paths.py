@@ -19,13 +19,16 @@ def refuse_relative_paths(config: Config) -> None:
         return
     checkpoints = config.checkpoints.path
     listed: list[str | None] = (
-        [str(c.get("path", "")) for c in checkpoints] if isinstance(checkpoints, list) else [checkpoints]
+        [c if isinstance(c, str) else str(c.get("path", "")) for c in checkpoints]
+        if isinstance(checkpoints, list)
+        else [checkpoints]
     )
     paths: dict[str, list[str | None]] = {
         "run.uri": [config.run.uri],
         "run.store": [config.run.store],
         "checkpoints.path": listed,
     }
+    paths |= {f"task.settings.{key}": [config.task.settings.get(key)] for key in ("tokenizer", "model")}
     paths |= {"corpus.path": [config.corpus.path], "queries.path": [config.queries.path if config.queries else None]}
     for key, values in paths.items():
         for path in values:
@@ -36,8 +39,11 @@ def refuse_relative_paths(config: Config) -> None:
                 )
 
 
-def refuse_unseen_paths(run: Location, model: ModelSpec) -> None:
-    """On a cluster, raise ValueError if a node does not see the run's folder or a checkpoint's. Costs a task per node."""
+def refuse_unseen_paths(run: Location, model: ModelSpec, store: str | None = None) -> None:
+    """On a cluster, raise ValueError if a node does not see the folder of the run, of `run.store` or of a checkpoint.
+
+    Cost: a task per node and folder.
+    """
     if not run.is_remote:
         token = f".token-{secrets.token_hex(8)}"
         run.create(token, b"seen")
@@ -45,6 +51,8 @@ def refuse_unseen_paths(run: Location, model: ModelSpec) -> None:
             _refuse(nodes_that_cannot_read([f"{run.uri}/{token}"]), f"run.uri={run.uri}")
         finally:
             run.delete(token)
+    if store and not Location.parse(store).is_remote:
+        _refuse(nodes_that_cannot_read([f"{Location.parse(store).uri}/manifest.json"]), f"run.store={store}")
     for checkpoint in model.checkpoints:
         if not Location.parse(checkpoint.uri).is_remote:
             _refuse(nodes_that_cannot_read([checkpoint.uri]), f"checkpoint {checkpoint.uri}")

@@ -13,36 +13,49 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.command import find_modules_here
 from launch.messages import plain_errors
+from launch.online import Answer
 from launch.run import Run
 from storage.corpus import Corpus
 
 
 def answer(
-    run: Run, query: str | None, text: str | None, label: str | None, top: int, scores: str | None
+    run: Run,
+    query: str | None,
+    text: str | None = None,
+    label: str | None = None,
+    top: int = 5,
+    scores: str | None = None,
+    exact: bool = False,
 ) -> dict[str, Any]:
     """Return the answer as `--json` prints it: query, method, score_unit, proponents and opponents, best first."""
     if (query is None) == (text is None):
         raise ValueError("give either --query (a stored query) or --text (a new one)")
     if top < 1:
         raise ValueError(f"--top {top} is not allowed: at least 1")
-    if query is not None and label is not None:
-        raise ValueError("--label goes with --text: a stored query is asked with the label of its row")
     index = run.index(scores)
     about = {"method": index.meta["method"], "score_unit": index.meta["score_unit"], "scores": index.label}
     if text is not None:
-        found = run.score([text], None if label is None else [label], top, scores)[0]
-        return {
-            "query": {"id": None, **found.query},
-            **about,
-            "proponents": found.proponents,
-            "opponents": found.opponents,
-        }
+        found = run.score([text], None if label is None else [label], top, scores, exact)[0]
+        return {"query": shown({"id": None, **found.query}), **about, **sides(found)}
     row = run.query_row(str(query), index)
     record = Corpus.open(run.location, index.meta["queries"]).row(row)
-    sides = [plain(table) for table in index.top(row, top)]
-    asked = {k: v for k, v in record.items() if isinstance(v, str | int | float | bool | None)}
-    return {"query": asked | {"id": row}, **about, "proponents": sides[0], "opponents": sides[1]}
+    if label is not None:
+        labels = None if label == "predicted" else [label]
+        found = run.ask([record], labels, top, run.setting(scores), exact)[0]
+        return {"query": shown(found.query | {"id": row}), **about, **sides(found)}
+    proponents, opponents = (plain(table) for table in index.top(row, top))
+    return {"query": shown(record | {"id": row}), **about, "proponents": proponents, "opponents": opponents}
+
+
+def sides(found: Answer) -> dict[str, Any]:
+    return {"proponents": found.proponents, "opponents": found.opponents}
+
+
+def shown(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a query that JSON can hold: no images, no token ids."""
+    return {k: v for k, v in record.items() if v is None or isinstance(v, str | int | float | bool)}
 
 
 def plain(table: pa.Table) -> list[dict[str, Any]]:
@@ -76,14 +89,19 @@ def main(
     run: Annotated[str, typer.Argument(help="folder or s3://bucket/prefix of a run")],
     query: Annotated[str | None, typer.Option(help="row of a stored query, or source:ID")] = None,
     text: Annotated[str | None, typer.Option(help="a new text")] = None,
-    label: Annotated[str | None, typer.Option(help="its label; default: the model's own prediction")] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(help="label to ask with; `predicted`: the model's own, the default of a new text"),
+    ] = None,
     top: Annotated[int, typer.Option(help="how many on each side")] = 5,
     scores: Annotated[str | None, typer.Option(help="label of the scores, if the run holds several")] = None,
+    exact: Annotated[bool, typer.Option(help="scan the store even if there is a neighbour index")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Print the proponents and opponents of a prediction."""
+    find_modules_here()
     with plain_errors():
-        found = answer(Run.open(run), query, text, label, top, scores)
+        found = answer(Run.open(run), query, text, label, top, scores, exact)
         if as_json:
             print(json.dumps(found, ensure_ascii=False))
         else:

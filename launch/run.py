@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.context import WorkerContext
+from actors.neighbours import built_kinds
 from actors.specs import CheckpointSpec, GradientSpec, ModelSpec, ScoreSpec
 from actors.states import load_state
 from engine.methods.contract import QueryState, load_method
@@ -73,30 +74,56 @@ class Run:
         return [load_state(self.location, index.label, name) for name in names]
 
     def score(
-        self, texts: list[str], labels: list[Any] | None = None, k: int = 10, scores: str | None = None
+        self,
+        texts: list[str],
+        labels: list[Any] | None = None,
+        k: int = 10,
+        scores: str | None = None,
+        exact: bool = False,
     ) -> list[Answer]:
-        """Return the proponents and opponents of new texts, each under its given label or the model's own prediction."""
+        """Return the proponents and opponents of new texts, each under its given label or the model's own prediction.
+
+        The label's neighbour index answers if it has one; `exact` scans the store all the same.
+        """
         setting = self.setting(scores)
         task = setting.context.task(setting.model)
-        field, label_field = getattr(task, "text_field", None), getattr(task, "label_field", None)
+        field = getattr(task, "text_field", None)
         if field is None:
             raise ValueError(
                 f"task {setting.model.task} reads no text: store such queries in a query set and run score.py"
             )
-        records = [{field: text} for text in texts]
+        return self.ask([{field: text} for text in texts], labels, k, setting, exact)
+
+    def ask(
+        self,
+        records: list[dict[str, Any]],
+        labels: list[Any] | None = None,
+        k: int = 10,
+        setting: Setting | None = None,
+        exact: bool = False,
+    ) -> list[Answer]:
+        """Return the same for records as the corpus holds them, their labels replaced by those given or predicted."""
+        setting = setting or self.setting()
+        label_field = getattr(setting.context.task(setting.model), "label_field", None)
+        if labels and not label_field:
+            raise ValueError(f"task {setting.model.task} takes no label: leave it out")
         if label_field:
             chosen = labels or [predicted_label(setting, record) for record in records]
             records = [record | {label_field: label} for record, label in zip(records, chosen, strict=True)]
-        return score_records(setting, records, k)
+        kinds = [] if exact else built_kinds(self.location, setting.score.label)
+        return score_records(setting, records, k, kinds[0] if kinds else "exact")
+
+    def checkpoints(self) -> tuple[CheckpointSpec, ...]:
+        """Return the run's checkpoints in order of training."""
+        records = [self.location.read_json(key) for key in self.location.list("checkpoints")]
+        found = [CheckpointSpec(**{k: v for k, v in record.items() if k != "hash"}) for record in records]
+        return tuple(sorted(found, key=lambda checkpoint: checkpoint.step))
 
     def setting(self, scores: str | None = None) -> Setting:
         """Return what is needed to answer a new query as the stored ones were answered."""
         index = self.index(scores)
-        record = self.location.read_json(f"stages/score-{index.label}.json")["settings"]
-        names = sorted(key for key in self.location.list("checkpoints"))
-        checkpoints = [CheckpointSpec(**self.location.read_json(key)) for key in names]
-        ordered = tuple(sorted(checkpoints, key=lambda c: c.step))
-        model = ModelSpec(**record["model"], checkpoints=ordered)
+        record = self.location.read_json(f"stages/score-{index.label}.json")
+        model = ModelSpec(**record["model"], checkpoints=self.checkpoints())
         g = record["gradients"]
         gradients = GradientSpec(tuple(g["parameters"]), Projection(**g["projection"]), g["norms"], g["token_budget"])
         fields = {k: v for k, v in record.items() if k in ScoreSpec.__dataclass_fields__}

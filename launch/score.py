@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from launch.command import find_modules_here
 from launch.config import describe_config, load_config
 from launch.job import score
 from launch.messages import plain_errors
@@ -24,6 +25,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
 ) -> None:
     """Score the corpus of CONFIG and write the index."""
+    find_modules_here()
     with plain_errors():
         if config is None:
             raise ValueError("CONFIG is missing: name a YAML file. `--help` prints every section and field.")

@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from actors.specs import CheckpointSpec, ModelSpec, declare, declare_stage
+from actors.specs import CheckpointSpec, ModelSpec, declare
+from engine.limits import read_limits
 from engine.models import architecture_of
 from engine.tasks.contract import Task, encode
 from launch.config import Config, CorpusSection
@@ -56,21 +57,32 @@ def model_spec(config: Config, say: Callable[[str], None]) -> tuple[ModelSpec, l
 
 
 def record_identity(run: Location, model: ModelSpec, folder: Path, task: Task) -> None:
-    """Write what the run is about, and a file for every checkpoint; refuse a config that is about something else."""
+    """Write what the run is about, and a file for every checkpoint; refuse a config that is about something else.
+
+    A run without any row is about nothing yet: what a job that failed before wrote of it is forgotten.
+    """
+    if not holds_rows(run, "corpus"):
+        for key in ["manifest.json", *run.list("checkpoints"), *run.list("stages")]:
+            run.delete(key)
     settings = {k: v for k, v in model.task_settings.items() if k not in ("tokenizer", "model")}
     tokenizer = getattr(getattr(task, "tokenizer", None), "name_or_path", None)
     identity = {
         "task": model.task,
-        "settings": settings,
         "max_tokens": getattr(task, "max_tokens", None),
         "granularity": getattr(task, "granularity", "document"),
         "loss": f"{getattr(task, 'reduction', 'sum')} over an example's tokens",
         "architecture": architecture_of(folder),
         "tokenizer": tokenizer_fingerprint(Path(tokenizer)) if tokenizer else None,
+        "settings": settings,
     }
     declare(run, "manifest.json", identity, f"run {run.uri}")
     for checkpoint in model.checkpoints:
-        declare(run, f"checkpoints/{checkpoint.name}.json", asdict(checkpoint), f"checkpoint {checkpoint.name}")
+        declare(
+            run,
+            f"checkpoints/{checkpoint.name}.json",
+            asdict(checkpoint),
+            f"checkpoint {checkpoint.name} of run {run.uri}",
+        )
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -82,15 +94,27 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def ingest_set(run: Location, name: str, section: CorpusSection, task: Task, say: Callable[[str], None]) -> None:
+def holds_rows(run: Location, folder: str) -> bool:
+    """Tell whether a segment of some corpus below this folder is committed."""
+    return any(key.endswith("/segment.json") for key in run.list(folder))
+
+
+def ingest_set(
+    run: Location, name: str, section: CorpusSection, task: Task, folder: Path, say: Callable[[str], None]
+) -> None:
     """Stage 0: stream records once into rows. A set that is already there stays as it is.
 
-    Raises StageMismatch if the source has changed since: the run's rows would no longer be the corpus's.
+    `folder` is the model's: it says what the model can read. Raises StageMismatch if the source has changed since: the
+    run's rows would no longer be the corpus's. A source of which no row was kept may change.
     """
     record = {"path": section.path, "split": section.split, "limit": section.limit, "content": content(section.path)}
-    declare_stage(run, f"ingest-{name}", record)
+    if not holds_rows(run, f"corpus/{name}"):
+        run.delete(f"stages/ingest-{name}.json")
+    other = "another run" if name == TRAIN else "another queries.name"
+    declare(run, f"stages/ingest-{name}.json", record, f"corpus {name!r} of run {run.uri}", other)
+    limits = read_limits(folder)
     records = islice(read_records(section.path, split=section.split), section.limit)
-    report = ingest(run, name, records, lambda one: encode(task, one))
+    report = ingest(run, name, records, lambda one: limits.check(encode(task, one)))
     say(
         f"{name}: {report.examples:,} examples of {report.documents:,} records, {report.tokens:,} tokens, "
         f"{report.truncated:,} truncated, {report.chunked:,} chunked"

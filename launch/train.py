@@ -18,9 +18,11 @@ from rich.progress import Progress
 
 from actors.context import make_task
 from actors.specs import ModelSpec
+from engine.limits import InputLimits, read_limits
 from engine.models import save_checkpoint
 from engine.tasks.contract import Task, encode, initialise
 from engine.training import Step, train
+from launch.command import find_modules_here
 from launch.config import Config, load_config
 from launch.messages import plain_errors
 from launch.sources import cache_folder
@@ -33,7 +35,10 @@ def train_model(config: Config, say: Callable[[str], None] = print) -> Path:
 
     Raises ValueError if the folder already holds checkpoints: a finished training is never written over.
     """
-    output = Path(str(config.train.output or config.checkpoints.path))
+    given = config.train.output or config.checkpoints.path
+    if not isinstance(given, str) or "://" in given:
+        raise ValueError(f"train.output={given!r} is not allowed: name a local folder for the checkpoints")
+    output = Path(given)
     if any(output.glob("checkpoint-*")):
         raise ValueError(f"{output} already holds checkpoints: remove it, or set train.output to another folder")
     torch.manual_seed(config.train.seed)
@@ -41,7 +46,7 @@ def train_model(config: Config, say: Callable[[str], None] = print) -> Path:
     spec = ModelSpec(config.task.name, config.task.settings, (), "float32", config.gradients.attention)
     task = make_task(spec, base, cache_folder())
     model = initialise(task, base).to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = training_rows(config, task)
+    rows = training_rows(config, task, read_limits(base) if base else InputLimits(None, None))
     settings = config.train.settings()
     log: list[dict[str, Any]] = []
     with Progress(transient=True) as progress:
@@ -55,13 +60,13 @@ def train_model(config: Config, say: Callable[[str], None] = print) -> Path:
     return output
 
 
-def training_rows(config: Config, task: Task) -> list[dict]:
+def training_rows(config: Config, task: Task, limits: InputLimits) -> list[dict]:
     """Return the corpus as collate reads it, ids in corpus order."""
     records = islice(read_records(config.corpus.path, split=config.corpus.split), config.corpus.limit)
     rows: list[dict] = []
     for record, where in records:
         try:
-            encoded = encode(task, record)
+            encoded = limits.check(encode(task, record))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         rows += [record | row | {"id": len(rows) + i} for i, row in enumerate(encoded)]
@@ -91,6 +96,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
 ) -> None:
     """Train the model of a config and leave checkpoints."""
+    find_modules_here()
     with plain_errors():
         folder = train_model(load_config(config, overrides))
         print(f"checkpoints are in {folder}")

@@ -6,6 +6,8 @@ Reads what the Hugging Face Trainer leaves behind. Loading weights into a model 
 import bisect
 import hashlib
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ NOT_WEIGHTS = (
 )  # a Trainer's other .pt and .bin files
 STATE = "trainer_state.json"
 CHUNK = 8 << 20
+NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")  # a checkpoint's name is that of a folder in the run
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def _single(folder: Location, keys: list[str]) -> CheckpointRef:
         raise FileNotFoundError(f"{folder.uri} holds no checkpoint: looked for {looked}.")
     state = folder.read_json(STATE) if STATE in keys else {}
     step = int(state.get("global_step", 0))
-    return CheckpointRef(folder.uri.rpartition("/")[2], folder, step, *_rate_at(step, _history(state)))
+    name = NOT_IN_NAMES.sub("_", folder.uri.rpartition("/")[2]).lstrip("._-") or "model"
+    return CheckpointRef(name, folder, step, *_rate_at(step, _history(state)))
 
 
 def _listed(source: Sequence[str | dict[str, Any]]) -> list[CheckpointRef]:
@@ -116,11 +120,25 @@ def _listed(source: Sequence[str | dict[str, Any]]) -> list[CheckpointRef]:
             )
         folder = Location.parse(fields["path"])
         found = _single(folder, folder.list())
-        step = int(fields.get("step") or found.step or _step_in_name(found.name, number))
-        rate = fields.get("learning_rate")
-        known = (found.learning_rate, found.how) if rate is None else (float(rate), "given")
-        refs.append(CheckpointRef(found.name, folder, step, *known))
+        step = _number(fields, "step", number) or found.step or _step_in_name(found.name, number)
+        rate = _number(fields, "learning_rate", number)
+        known = (found.learning_rate, found.how) if rate is None else (rate, "given")
+        refs.append(CheckpointRef(found.name, folder, int(step), *known))
     return _with_own_names(refs)
+
+
+def _number(fields: dict[str, Any], key: str, number: int) -> float | None:
+    """Return a number of a listed checkpoint, None without one. ValueError for a value that is not finite or below 0."""
+    value = fields.get(key)
+    if value is None:
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise ValueError(f"{key}={value!r} of checkpoint {number} is not allowed: must be a number of at least 0.")
+    return found
 
 
 def _with_own_names(refs: list[CheckpointRef]) -> list[CheckpointRef]:

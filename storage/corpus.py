@@ -91,7 +91,7 @@ class Corpus:
             raise ValueError(f"example {example} of corpus {self.name!r} was erased.")
         segment = self._locate(example)
         table = self._table(segment, example - segment.base, example - segment.base + 1)
-        return from_table(table.drop_columns([ENCODED]))[0]
+        return from_table(table.select([name for name in table.column_names if name != ENCODED]))[0]
 
     def find(self, source_id: str) -> int:
         """Return the first example with the corpus's own id. ValueError naming it if there is none."""

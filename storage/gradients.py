@@ -94,7 +94,7 @@ class GradientStore:
         try:
             run.create_json(SETTINGS_KEY, asdict(settings))
         except ObjectConflict:
-            _refuse_difference(run, run.read_json(SETTINGS_KEY), json.loads(json.dumps(asdict(settings))))
+            cls.open(run).check(settings)
         return cls.open(run)
 
     @classmethod
@@ -103,6 +103,13 @@ class GradientStore:
         if not run.exists(SETTINGS_KEY):
             raise FileNotFoundError(f"{run.uri} has no gradient store. Collect gradients first, or check run.store.")
         return cls(run, StoreSettings(**run.read_json(SETTINGS_KEY)))
+
+    def check(self, settings: StoreSettings) -> None:
+        """Raise StoreMismatch naming the first setting in which the store differs from these."""
+        stored, asked = (json.loads(json.dumps(asdict(one))) for one in (self.settings, settings))
+        causes = ("extra", "modules")  # before what follows from them: columns and their ranges
+        order = {key: stored[key] for key in [*causes, *stored]}
+        _refuse_difference(self.run, order, asked)
 
     def prepare(self, set_name: str, checkpoint: str, segment: str, rows: int, shard_rows: int) -> None:
         """Make the group of `rows` rows; one that is there with the same shape is fine, also made at the same time.
@@ -283,7 +290,7 @@ def _refuse_other_shape(run: Location, group: str, stored: tuple[int, ...], aske
 def _refuse_difference(run: Location, stored: Any, asked: Any, name: str = "gradients") -> None:
     """Raise StoreMismatch naming the first setting that differs, if one does."""
     if isinstance(stored, dict) and isinstance(asked, dict):
-        for key in dict.fromkeys([*asked, *stored]):
+        for key in dict.fromkeys([*stored, *asked]):
             inner = name if key == "extra" else f"{name}.{key}"
             _refuse_difference(run, stored.get(key), asked.get(key), inner)
     elif stored != asked:

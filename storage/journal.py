@@ -15,7 +15,9 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +30,7 @@ LEASES = "journal/run"
 BEAT = 10.0  # seconds between two rewrites by the holder
 PATIENCE = 60.0  # seconds a counter must stand still before the lease is taken over
 POLL = 2.0  # seconds between two looks at somebody else's counter
+READERS = 32  # done-records read at a time when all are wanted
 SAME_PROCESS = 60.0  # seconds by which a process's start may seem to move when the host's clock is set
 
 
@@ -41,6 +44,14 @@ class DoneRecords(Mapping[str, dict[str, Any]]):
         if unit not in self._read:
             self._read[unit] = self._run.read_json(self._latest[unit])
         return self._read[unit]
+
+    def items(self) -> ItemsView[str, dict[str, Any]]:
+        """Return units and records; those not read yet are read side by side, as on S3 each costs a round trip."""
+        unread = [unit for unit in self._latest if unit not in self._read]
+        with ThreadPoolExecutor(max_workers=READERS) as readers:
+            for _ in readers.map(self.__getitem__, unread):
+                pass
+        return super().items()
 
     def __contains__(self, unit: object) -> bool:
         return unit in self._latest
@@ -103,6 +114,24 @@ class LeaseLost(OSError):  # noqa: N818
     """Another driver has taken the run over."""
 
 
+@dataclass(frozen=True)
+class Claim:
+    """By what right a worker works on a stage: its driver's lease. It travels with the stage.
+
+    A worker that was given up (its driver died, it was cut off) may go on for a while; it must not undo anything.
+    """
+
+    stage: str
+    lease: int  # the driver's
+
+    def check(self, run: Location, unit: str) -> None:
+        """Raise LeaseLost if this unit is done, or if another driver holds the run by now."""
+        if any("/done." in key for key in run.list(f"journal/{self.stage}/{_checked(unit)}")):
+            raise LeaseLost(f"unit {unit} of {run.uri} is done already: what this worker made of it differs, and goes.")
+        if max(_lease_numbers(run)) > self.lease:
+            raise LeaseLost(f"another driver has taken {run.uri} over: what this worker made of {unit} goes.")
+
+
 class RunLease:
     """Holds a run for one driver while in its `with` block; a daemon thread keeps it alive.
 
@@ -127,6 +156,11 @@ class RunLease:
         self._alive_at = clock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="run-lease", daemon=True)
+
+    @property
+    def number(self) -> int:
+        """Return which lease of the run this is; a later driver has a higher one."""
+        return self._number
 
     def __enter__(self) -> "RunLease":
         number, holder = self._highest()
@@ -191,7 +225,7 @@ class RunLease:
         return started is None or holder["started"] is None or abs(started - holder["started"]) > SAME_PROCESS
 
     def _highest(self) -> tuple[int, dict[str, Any] | None]:
-        numbers = [int(key.rpartition(".")[2]) for key in self.run.list(LEASES) if "/lease." in key]
+        numbers = _lease_numbers(self.run)
         if not numbers:
             return -1, None
         return max(numbers), self.run.read_json(self._key(max(numbers)))
@@ -221,6 +255,10 @@ class RunLease:
 
     def _key(self, number: int) -> str:
         return f"{LEASES}/lease.{number}"
+
+
+def _lease_numbers(run: Location) -> list[int]:
+    return [int(key.rpartition(".")[2]) for key in run.list(LEASES) if "/lease." in key]
 
 
 def _started_at(pid: int) -> float | None:

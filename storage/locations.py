@@ -169,10 +169,16 @@ class Location:
     def probe(self) -> None:
         """Check that this place can be written and honours create-only puts.
 
-        Raises OSError if an object could be created twice: such a server would let two workers overwrite each other.
+        Raises OSError if not: a server on which an object could be created twice would let two workers overwrite each
+        other.
         """
         key = f".probe-{secrets.token_hex(8)}"
-        self.create(key, b"first")
+        try:
+            self.create(key, b"first")
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise OSError(f"{self.uri} cannot be written: {error.strerror or error}. Use another place.") from error
         try:
             if self._backend.create(self._address(key), b"second"):
                 raise OSError(f"{self.uri} ignores create-only puts (If-None-Match). Use a server that honours them.")

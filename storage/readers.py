@@ -36,17 +36,23 @@ def read_records(
     """Yield (record, place) one by one, files of a folder or glob in the order of their names.
 
     FileNotFoundError if nothing is there. ValueError for an unknown file type, a malformed line (with its number and
-    an excerpt), a line that is no JSON object, archive columns of unequal length, or a split that is not there.
+    an excerpt), a line that is no JSON object, a source without any record, archive columns of unequal length, or a
+    split that is not there.
     """
     location, keys = source_files(uri)
     if any(key in DATASET_FILES for key in keys):
         yield from _dataset(location, uri, split, cache)
         return
     readable = [(key, _format_of(key or location.uri)) for key in keys]
+    found = False
     for key, read in readable:
         place = f"{location.uri}/{key}" if key else location.uri
         with location.open(key) as file:
-            yield from read(file, place)
+            for record in read(file, place):
+                found = True
+                yield record
+    if not found:
+        raise ValueError(f"{uri} has no records: every file in it is empty. Check the path and how it was written.")
 
 
 def source_files(uri: str) -> tuple[Location, list[str]]:
@@ -83,7 +89,8 @@ def _json_lines(file: BinaryIO, place: str) -> Iterator[Record]:
         try:
             record = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{where} is not JSON ({error}): {_excerpt(text)}") from error
+            why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ValueError(f"{where} is not JSON ({why}): {_excerpt(text)}") from error
         if not isinstance(record, dict):
             raise ValueError(f'{where} must be a JSON object like {{"text": …}}, is {_excerpt(text)}')
         yield record, where

@@ -25,7 +25,7 @@ def rename_field(name: str) -> str:
 
 
 def infer_schema(rows: list[dict[str, Any]], places: list[str]) -> pa.Schema:
-    """Return the schema of a first batch of rows (own columns, original fields, struct `encoded`).
+    """Return the schema of a first batch of rows: own columns, original fields, struct `encoded` if it has fields.
 
     A field that is null in all of them becomes a string. ValueError names a field of mixed types and where it stands.
     """
@@ -33,7 +33,8 @@ def infer_schema(rows: list[dict[str, Any]], places: list[str]) -> pa.Schema:
     encoded = [row[ENCODED] for row in rows]
     fields = [pa.field(name, kind, nullable=False) for name, kind in OWN.items()]
     fields += _infer_fields(originals, places)
-    return pa.schema([*fields, pa.field(ENCODED, pa.struct(_infer_fields(encoded, places)))])
+    inner = _infer_fields(encoded, places)
+    return pa.schema([*fields, pa.field(ENCODED, pa.struct(inner))] if inner else fields)  # Parquet has no empty struct
 
 
 def to_batch(rows: list[dict[str, Any]], schema: pa.Schema, places: list[str]) -> pa.RecordBatch:
@@ -41,15 +42,16 @@ def to_batch(rows: list[dict[str, Any]], schema: pa.Schema, places: list[str]) -
 
     ValueError names a field that the schema lacks or whose type does not fit, and where (`places`, one per row).
     """
-    _refuse_new_fields(rows, set(schema.names), places)
-    kind = schema.field(ENCODED).type
+    _refuse_new_fields(rows, {*schema.names, ENCODED}, places)
+    kind = schema.field(ENCODED).type if ENCODED in schema.names else pa.struct([])
     names = [kind.field(i).name for i in range(kind.num_fields)]
     encoded = [row[ENCODED] for row in rows]
     _refuse_new_fields(encoded, set(names), places)
     columns = [_column(name, rows, schema.field(name).type, places) for name in schema.names if name != ENCODED]
     parts = [_column(name, encoded, kind.field(name).type, places) for name in names]
-    struct = pa.StructArray.from_arrays(parts, fields=list(kind)) if names else pa.nulls(len(rows), kind)
-    return pa.RecordBatch.from_arrays([*columns, struct], schema=schema)
+    if names:
+        columns.append(pa.StructArray.from_arrays(parts, fields=list(kind)))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def from_table(table: pa.Table) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Tiny models, a tiny tokenizer and the mutation check. No network, no Ray."""
+"""Tiny models, a tiny tokenizer and the mutation check. No network; Ray only for tests that ask for it."""
 
 import os
 
@@ -236,3 +236,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One local Ray for all cluster tests: four CPUs by name, whatever the machine has."""
+    from actors import cluster
+
+    cluster.connect("local", num_cpus=4)
+    yield
+    cluster.disconnect()

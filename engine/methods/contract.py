@@ -77,7 +77,11 @@ class Source(Protocol):
 
 
 class Method(Protocol):
-    """An attribution method; its settings are its fields."""
+    """An attribution method; its settings are its fields.
+
+    `scale` is what rows and queries are multiplied with, given their own norms, so that the weighted score is one inner
+    product: what a neighbour index needs.
+    """
 
     reads: str  # what score is given: "gradients" | "features" | "examples" | "ids"
     score_unit: str
@@ -87,6 +91,7 @@ class Method(Protocol):
     def checkpoints(self, count: int) -> list[int]: ...
     def prepare(self, queries: list[Batch], source: Source) -> QueryState: ...
     def score(self, rows: Rows, state: QueryState) -> ScoreBlock: ...
+    def scale(self, norms: Tensor | None, state: QueryState) -> Tensor | float: ...
 
 
 def load_method(name: str, settings: dict) -> Method:

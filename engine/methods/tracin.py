@@ -39,6 +39,9 @@ class TracIn:
     def score(self, rows: Rows, state: QueryState) -> ScoreBlock:
         return ScoreBlock(rows.dot(state.arrays), squared_norms(rows.norms, state))
 
+    def scale(self, norms: Tensor | None, state: QueryState) -> Tensor | float:
+        return state.weight**0.5
+
 
 @dataclass(frozen=True)
 class GradientDot:
@@ -59,6 +62,9 @@ class GradientDot:
 
     def score(self, rows: Rows, state: QueryState) -> ScoreBlock:
         return ScoreBlock(rows.dot(state.arrays), squared_norms(rows.norms, state))
+
+    def scale(self, norms: Tensor | None, state: QueryState) -> Tensor | float:
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,11 @@ class GradientCosine:
         return ScoreBlock(
             torch.where(scale > 0, dots / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0.0).to(dots.dtype), own
         )
+
+    def scale(self, norms: Tensor | None, state: QueryState) -> Tensor | float:
+        own = squared_norms(norms, state)
+        assert own is not None
+        return torch.where(own > 0, own.rsqrt(), 0.0)[:, None]
 
 
 def one_checkpoint(position: int, count: int) -> list[int]:

@@ -223,14 +223,14 @@ def accuracy(config: dict[str, Any], state: dict[str, Tensor], images: Tensor, l
 def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]:
     """Judge TracIn's two figures, means over seeds; report those of the other rankings, and the models' accuracy."""
 
-    def mean(label: str, key: str, name: str, threshold: float | None = None, paper: float | None = None) -> Gate:
+    def mean(label: str, key: str, name: str, threshold: float | None = None) -> Gate:
         values = np.array([result[key][name] for result in done.values()])
-        return Gate(label, float(values.mean()), bootstrap_interval(values), threshold, paper=paper)
+        return Gate(label, float(values.mean()), bootstrap_interval(values), threshold)
 
     others = [name for name in SCORES if name != "tracin"]
     return [
         mean("auroc", "auroc", "tracin", threshold=0.85),
-        mean("found in 20 %", "found", "tracin", threshold=0.60, paper=0.80),  # the paper's figure is on CIFAR-10
+        mean("found in 20 %", "found", "tracin", threshold=0.60),
         *(mean(f"auroc, {SCORES[name]}", "auroc", name) for name in others),
         *(mean(f"found in 20 %, {SCORES[name]}", "found", name) for name in others),
         *(

@@ -76,14 +76,22 @@ def test_an_os_error_is_a_storage_failure_and_the_worker_lives_on(make_pool: Mak
     assert wait_for(pool, 1, Done)[0].worker == worker
 
 
-def test_any_other_exception_is_a_bug_with_its_traceback(make_pool: MakePool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("function", "kind", "error"),
+    [
+        ("refuse", "mistake", "method.damping=-0.1 is not allowed"),
+        ("break_down", "bug", "KeyError: 'no such module'"),
+    ],
+)
+def test_no_other_exception_is_tried_again(
+    make_pool: MakePool, tmp_path: Path, function: str, kind: str, error: str
+) -> None:
     pool = make_pool(1)
     wait_for(pool, 1, Ready)
-    stage = toy_stage("refuse", tmp_path)
+    stage = toy_stage(function, tmp_path)
     pool.submit(pool.workers[0], stage, stage.units[0])
     (failure,) = wait_for(pool, 1, Failed)
-    assert failure.kind == "bug"
-    assert failure.error == "ValueError: method.damping=-0.1 is not allowed"
+    assert (failure.kind, failure.error) == (kind, error)
     assert "toy_workers.py" in failure.detail
 
 

@@ -24,7 +24,9 @@ def shown(terminal: bool, finished: bool = True) -> str:
         clock.now += 1.0
         progress.advance(Receipt("u", rows=100))
     progress.note("unit u3 failed on worker-0: OSError: [Errno 5]")
-    report = StageReport("collect", 40, 10, 3000, 60_000, 3 * 2**20, 30.0, 2**30, 1, quarantined=(7, 9))
+    report = StageReport(
+        "collect", 40, 10, 3000, 60_000, 3 * 2**20, 30.0, 2**30, 1, quarantined={7: "the loss", 9: "a"}
+    )
     progress.end(report, finished)
     return out.getvalue()
 
@@ -45,16 +47,17 @@ def test_a_finished_stage_says_so(terminal: bool) -> None:
 
 def test_the_closing_table_has_a_line_a_stage() -> None:
     reports = [
-        StageReport("collect", 40, 10, 3000, 60_000, 3 * 2**20, 30.0, 2**30, 1, quarantined=(7, 9)),
+        StageReport("collect", 40, 10, 3000, 60_000, 3 * 2**20, 30.0, 2**30, 1, quarantined={7: "the loss", 9: "a"}),
         StageReport("score", 4, 0),
     ]
     console = Console(file=io.StringIO(), width=200)
     console.print(report_table(reports))
     lines = console.file.getvalue().splitlines()
     (collect,) = (line for line in lines if "collect" in line)
-    for part in ("40 (10 before)", "3,000", "100", "2,000", "3.0 MiB", "1.0 GiB", "2 (ids 7, 9)"):
+    for part in ("40 (10 before)", "3,000", "100", "2,000", "3.0 MiB", "1.0 GiB", "2"):
         assert part in collect
     assert any("score" in line for line in lines)
+    assert "set aside, not finite: id 7: the loss; id 9: a" in lines[-1]
 
 
 def test_a_stopped_stage_says_how_to_go_on() -> None:

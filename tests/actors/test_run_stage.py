@@ -68,8 +68,8 @@ def test_three_storage_errors_stop_the_stage_and_a_rerun_resumes(tmp_path: Path)
 
 
 def test_a_bug_stops_at_once_with_its_traceback(tmp_path: Path) -> None:
-    stage, journal = toy_stage("refuse", tmp_path), MemoryJournal()
-    with pytest.raises(StageStopped, match=r"ValueError: method\.damping=-0\.1 is not allowed") as stopped:
+    stage, journal = toy_stage("break_down", tmp_path), MemoryJournal()
+    with pytest.raises(StageStopped, match=r"KeyError: 'no such module'") as stopped:
         run_stage(InProcessPool(ToyWorker), stage, journal)
     assert "toy_workers.py" in stopped.value.detail
     assert journal.records == {}
@@ -120,8 +120,8 @@ def test_a_silent_pool_stops_by_the_clock(tmp_path: Path) -> None:
 
 def test_too_many_bad_rows_stop_also_on_a_rerun(tmp_path: Path) -> None:
     journal = MemoryJournal()
-    journal.records = {f"u{n}": {"rows": 10, "quarantined": [n] if n == 2 else []} for n in range(6)}
+    journal.records = {f"u{n}": {"rows": 10, "quarantined": {"2": "the loss"} if n == 2 else {}} for n in range(6)}
     stage, pool = toy_stage("double", tmp_path), InProcessPool(ToyWorker)
-    with pytest.raises(StageStopped, match="1 of 60 rows are not finite: ids 2"):
+    with pytest.raises(StageStopped, match="1 of 60 rows are not finite: id 2: the loss"):
         run_stage(pool, stage, journal)
-    assert run_stage(pool, stage, journal, limits=Limits(max_bad_fraction=0.02)).quarantined == (2,)
+    assert run_stage(pool, stage, journal, limits=Limits(max_bad_fraction=0.02)).quarantined == {2: "the loss"}

@@ -32,7 +32,7 @@ def make(units: int, done: dict | None = None, limits: Limits | None = None, wor
 
 
 def receipt(key: str, quarantined: tuple[int, ...] = ()) -> Receipt:
-    return Receipt(key, rows=10, quarantined=quarantined)
+    return Receipt(key, rows=10, quarantined=dict.fromkeys(quarantined, "the loss"))
 
 
 def runs(instructions: list[Instruction]) -> list[tuple[str, str]]:
@@ -165,7 +165,7 @@ def test_a_storage_error_is_tried_three_times_then_named() -> None:
         "stage collect: unit u1 (rows 10:20) failed 3 times, last on a@node-3: OSError: SlowDown. "
         "1 of 2 are done; run again to resume."
     )
-    assert stop.detail == "Traceback …"
+    assert stop.detail == "", "the events have it"
 
 
 def test_a_failed_unit_goes_to_the_end_of_the_line() -> None:
@@ -178,11 +178,19 @@ def test_a_failed_unit_goes_to_the_end_of_the_line() -> None:
 def test_a_bug_stops_at_once_and_nothing_more_is_started() -> None:
     schedule = make(9)
     schedule.handle([Ready("a"), Ready("b")])
-    bug = Failed("a", "u0", "ValueError: no such field", "bug", "Traceback …")
+    bug = Failed("a", "u0", "KeyError: 'rows'", "bug", "Traceback …")
     instructions = schedule.handle([bug, Done("b", receipt("u1"))])
     assert [type(one) for one in instructions] == [Commit, Stop], "what is done is still committed"
-    assert "ValueError: no such field" in stop_of(instructions).message
+    assert "KeyError: 'rows'" in stop_of(instructions).message
     assert stop_of(instructions).detail == "Traceback …"
+
+
+def test_a_mistake_stops_at_once_with_its_message_alone() -> None:
+    schedule = make(9)
+    schedule.handle([Ready("a")])
+    stop = stop_of(schedule.handle([Failed("a", "u0", "no such field", "mistake", "Traceback …")]))
+    assert stop.message.startswith("stage collect: no such field (Unit u0 (rows 0:10).)")
+    assert stop.detail == ""
 
 
 def lose_workers(schedule: Schedule, times: int, killer: str | None, with_node: bool = False) -> list[Instruction]:
@@ -254,7 +262,10 @@ def test_one_bad_row_of_the_first_ten_does_not_stop_a_large_stage() -> None:
     assert not any(isinstance(one, Stop) for one in schedule.handle([Done("a", receipt("u1", (17,)))]))
     instructions = schedule.handle([Done("a", receipt("u2", (27,)))])
     assert isinstance(instructions[0], Commit)
-    assert "3 of 30 rows are not finite: ids 7, 17, 27." in stop_of(instructions).message
+    assert (
+        "3 of 30 rows are not finite: id 7: the loss; id 17: the loss; id 27: the loss."
+        in stop_of(instructions).message
+    )
     assert "max_bad_fraction" in stop_of(instructions).message
 
 
@@ -262,7 +273,7 @@ def test_bad_rows_are_judged_when_a_small_stage_ends_and_again_when_it_is_resume
     schedule = make(2)
     schedule.handle([Ready("a")])
     stop_of(schedule.handle([Done("a", receipt("u0", (3,)))]))
-    record = {"rows": 10, "quarantined": [3]}
+    record = {"rows": 10, "quarantined": {"3": "the loss"}}
     stop_of(make(1, {"u0": record}).handle([]))
     assert make(1, {"u0": record}, Limits(max_bad_fraction=0.1)).handle([]) == []
 
@@ -270,5 +281,7 @@ def test_bad_rows_are_judged_when_a_small_stage_ends_and_again_when_it_is_resume
 def test_many_bad_rows_are_shortened() -> None:
     schedule = make(3)
     schedule.handle([Ready("a")])
-    message = stop_of(schedule.handle([Done("a", Receipt("u0", 100, quarantined=tuple(range(50))))])).message
-    assert "18, 19 and 30 more." in message
+    message = stop_of(
+        schedule.handle([Done("a", Receipt("u0", 100, quarantined=dict.fromkeys(range(50), "x")))])
+    ).message
+    assert "id 3: x; id 4: x; and 45 more." in message

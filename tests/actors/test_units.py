@@ -12,10 +12,10 @@ def test_a_unit_names_its_rows() -> None:
 
 
 def test_a_receipt_becomes_a_json_record() -> None:
-    receipt = Receipt("u", rows=3, quarantined=(4, 5), objects=[{"key": "a", "size": 1}])
+    receipt = Receipt("u", rows=3, quarantined={4: "the loss"}, objects=[{"key": "a", "size": 1}])
     record = json.loads(json.dumps(receipt.record()))
     assert record == receipt.record()
-    assert record["quarantined"] == [4, 5]
+    assert record["quarantined"] == {"4": "the loss"}
     assert record["objects"] == [{"key": "a", "size": 1}]
 
 

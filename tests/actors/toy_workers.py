@@ -42,6 +42,10 @@ def refuse(settings: dict[str, Any], unit: Unit) -> Receipt:
     raise ValueError("method.damping=-0.1 is not allowed")
 
 
+def break_down(settings: dict[str, Any], unit: Unit) -> Receipt:
+    raise KeyError("no such module")
+
+
 class OwnError(OSError):
     """An error that does not survive pickling."""
 
@@ -69,7 +73,7 @@ def count_up(unit: Unit) -> int:
 
 FUNCTIONS = {
     function.__name__: function
-    for function in (double, fail_at_first, die_at_first, exit_at_first, refuse, raise_own_error, nap)
+    for function in (double, fail_at_first, die_at_first, exit_at_first, refuse, break_down, raise_own_error, nap)
 }
 
 

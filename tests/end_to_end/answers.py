@@ -7,7 +7,7 @@ import numpy as np
 
 from actors.context import make_task
 from actors.score import load_scores
-from actors.specs import CheckpointSpec, ModelSpec
+from actors.specs import ModelSpec
 from launch.run import Run
 from storage.corpus import Corpus
 from tests import oracles
@@ -38,12 +38,9 @@ def oracle_scores(
     run: Run, model_folder: Path, names: list[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return TracInCP by the autograd loop in float64, self-influence, and the bound Σ η ‖g_z‖ ‖g_q‖ of a tolerance."""
-    checkpoints = []
-    for key in run.location.list("checkpoints"):
-        checkpoints.append(CheckpointSpec(**{k: v for k, v in run.location.read_json(key).items() if k != "hash"}))
-    checkpoints.sort(key=lambda c: c.step)
+    checkpoints = run.checkpoints()
     manifest = run.location.read_json("manifest.json")
-    spec = ModelSpec(manifest["task"], manifest["settings"], tuple(checkpoints), "float32", "sdpa")
+    spec = ModelSpec(manifest["task"], manifest["settings"], checkpoints, "float32", "sdpa")
     task = make_task(spec, Path(checkpoints[0].uri), Path("unused"))
     train, asked = (task.collate(everything(run, name)) for name in ("train", "asked"))
     scores, own, bound = 0.0, 0.0, 0.0

@@ -10,6 +10,7 @@ import torch
 
 from launch.config import make_config
 from launch.job import score
+from launch.messages import plain_errors
 from launch.run import Run
 from tests.conftest import WORDS, tiny_bert
 
@@ -56,24 +57,29 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> 
 Settings = Callable[..., dict[str, Any]]
 
 
+def tiny_job(inputs: Path, run: Path | str | dict[str, str], **sections: Any) -> dict[str, Any]:
+    """Return a config of the tiny job as a mapping; keyword arguments replace or extend whole sections."""
+    base: dict[str, Any] = {
+        "run": run if isinstance(run, dict) else str(run),
+        "task": {"settings": {"max_tokens": 16}},
+        "checkpoints": str(inputs / "model"),
+        "corpus": str(inputs / "train.jsonl"),
+        "queries": {"name": "asked", "path": str(inputs / "queries.jsonl")},
+        "gradients": {"modules": ["*"], "coverage": 0, "shard_rows": 16, "token_budget": 40},
+        "cluster": {"backend": "in-process"},
+        "output": {"top_k": 50, "label": "scores", "dense": True},
+    }
+    for name, value in sections.items():
+        base[name] = base[name] | value if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+    return base
+
+
 @pytest.fixture
 def settings(inputs: Path, tmp_path: Path) -> Settings:
-    """A config of the tiny job as a mapping; keyword arguments replace or extend whole sections."""
+    """Make configs of the tiny job whose run lies in this test's folder."""
 
     def make(**sections: Any) -> dict[str, Any]:
-        base: dict[str, Any] = {
-            "run": str(tmp_path / "run"),
-            "task": {"settings": {"max_tokens": 16}},
-            "checkpoints": str(inputs / "model"),
-            "corpus": str(inputs / "train.jsonl"),
-            "queries": {"name": "asked", "path": str(inputs / "queries.jsonl")},
-            "gradients": {"modules": ["*"], "coverage": 0, "shard_rows": 16, "token_budget": 40},
-            "cluster": {"backend": "in-process"},
-            "output": {"top_k": 50, "label": "scores", "dense": True},
-        }
-        for name, value in sections.items():
-            base[name] = base[name] | value if isinstance(value, dict) and isinstance(base.get(name), dict) else value
-        return base
+        return tiny_job(inputs, **{"run": tmp_path / "run"} | sections)
 
     return make
 
@@ -82,3 +88,30 @@ def run_job(settings: dict[str, Any]) -> Run:
     """Run the job quietly and open its run."""
     score(make_config(settings), lambda _: None)
     return Run.open(settings["run"] if isinstance(settings["run"], str) else settings["run"]["uri"])
+
+
+def small(settings: Settings, **sections: Any) -> dict[str, Any]:
+    """Return a config that looks at the head alone."""
+    return settings(**{"gradients": {"modules": ["classifier"]}} | sections)
+
+
+Told = Callable[[dict[str, Any]], str]
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Told:
+    """Run a job that must fail, and return the one message that it ends with."""
+
+    def run(settings: dict[str, Any]) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended, plain_errors():
+            score(make_config(settings), lambda _: None)
+        assert ended.value.code == 1
+        shown = capsys.readouterr().err
+        assert "Traceback" not in shown
+        messages = [line for line in shown.splitlines() if line.startswith(("error: ", "stopped: "))]
+        assert len(messages) == 1, shown
+        assert shown.splitlines()[-1] == messages[0], "the message ends the output"
+        return messages[0]
+
+    return run

@@ -366,3 +366,28 @@ def test_a_transformer_encoder_of_torch_is_exact_but_for_its_fused_attention():
     assert set(truth) - set(out.arrays) == {n for n in truth if "self_attn" in n}
     for name, array in out.arrays.items():
         assert torch.allclose(array, turned(model, name, truth[name]), rtol=1e-10, atol=1e-12)
+
+
+class ChangesItsInput(nn.Module):
+    """The residual is added in place to the very tensor that the Linear read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        h = self.first(x)
+        h = h + 0
+        y = self.second(h)
+        h += y
+        return h
+
+
+def test_an_input_changed_in_place_later_is_refused() -> None:
+    model = randomise(ChangesItsInput()).double()
+    projector = Whole(select_parameters(model, ["second"]))
+    with (
+        PerExampleGradients(model, select_parameters(model, ["second"]), projector) as hooks,
+        pytest.raises(ValueError, match="the input of module second was changed in place"),
+    ):
+        hooks(lambda m, b: m(b["x"]).square().sum(1), mlp_batch())

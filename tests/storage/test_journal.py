@@ -1,6 +1,7 @@
 """What is done stays done; one driver at a time; no test waits for a real clock."""
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,25 @@ def test_many_units_cost_one_listing(run: Location, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(Location, name, counted)
     assert journal.missing([str(number) for number in range(21)]) == ["20"]
     assert calls == ["list"]
+
+
+def test_records_are_read_side_by_side_and_once(run: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(run, "collect")
+    for number in range(20):
+        journal.commit(f"{number}", {"rows": number})
+    together, reads = threading.Barrier(4, timeout=10), []
+    read_json = Location.read_json
+
+    def meeting(self: Location, key: str) -> Any:
+        reads.append(key)
+        together.wait()  # passed only by four reads at a time
+        return read_json(self, key)
+
+    monkeypatch.setattr(Location, "read_json", meeting)
+    done = journal.done()
+    assert {unit: record["rows"] for unit, record in done.items()} == {str(number): number for number in range(20)}
+    assert done["7"] == {"rows": 7}
+    assert len(dict(done.items())) == len(reads) == 20
 
 
 def test_other_files_of_a_unit_are_no_done_records(run: Location) -> None:

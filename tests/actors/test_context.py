@@ -1,0 +1,62 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from actors.context import CheckpointSource, WorkerContext, make_task, named_parameters
+from actors.specs import CheckpointSpec, GradientSpec, ModelSpec
+from engine.projection import Projection
+from storage.checkpoints import fingerprint
+from tests.conftest import ToyMlp, tiny_bert
+
+SPEC = GradientSpec(("classifier.weight", "classifier.bias"), Projection("two-sided", 4), True, 64)
+
+
+@pytest.fixture
+def model(tmp_path: Path, tokenizer_folder: Path) -> ModelSpec:
+    specs = []
+    for step in (1, 2):
+        folder = tmp_path / f"c-{step}"
+        tiny_bert().save_pretrained(folder)
+        shutil.copytree(tokenizer_folder / "wrapped", folder, dirs_exist_ok=True)
+        specs.append(CheckpointSpec(f"c-{step}", str(folder), step, 0.1, fingerprint(folder)))
+    return ModelSpec("text-classification", {"max_tokens": 8}, tuple(specs), "float32", "eager")
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> WorkerContext:
+    return WorkerContext(str(tmp_path / "run"))
+
+
+def test_one_checkpoint_is_held_at_a_time(context: WorkerContext, model: ModelSpec) -> None:
+    first = context.model(model, "c-1")
+    assert context.model(model, "c-1") is first
+    assert not any(weight.requires_grad for weight in first.parameters())
+    assert context.model(model, "c-2") is not first
+    assert context.model(model, "c-1") is not first
+
+
+def test_hooks_go_with_their_model(context: WorkerContext, model: ModelSpec) -> None:
+    hooks = context.gradients(model, "c-1", SPEC)
+    assert context.gradients(model, "c-1", SPEC) is hooks
+    source = CheckpointSource(context, model, "c-2", SPEC, "rows")
+    assert (source.learning_rate, source.parameters) == (0.1, SPEC.parameters)
+    assert list(source.layout.arrays) == ["rows"]
+    assert source.model() is context.model(model, "c-2")
+    assert context.gradients(model, "c-1", SPEC) is not hooks
+
+
+def test_weights_that_changed_are_refused(context: WorkerContext, model: ModelSpec) -> None:
+    (Path(model.checkpoints[1].uri) / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="c-2 has changed since this run began: restore it, or use another run"):
+        context.folder(model, "c-2")
+
+
+def test_a_task_takes_tokenizer_and_attention_from_the_model(model: ModelSpec, tmp_path: Path) -> None:
+    task = make_task(model, Path(model.checkpoints[0].uri), tmp_path)
+    assert (task.attention, task.max_tokens, task.labels.count) == ("eager", 8, 3)  # type: ignore[attr-defined]
+
+
+def test_parameters_come_by_name_in_the_order_asked_for() -> None:
+    names = ("head.bias", "first.weight")
+    assert tuple(p.name for p in named_parameters(ToyMlp(), names)) == names

