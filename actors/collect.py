@@ -88,18 +88,19 @@ def collect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     objects = write_unit(
         context, settings, unit, lambda: store.write(*where, shard), lambda: store.delete_shard(*where)
     )
-    return receipt_of(unit, rows, bad, objects)
+    tokens = int(sum(row["length"] for row in rows))
+    return receipt_of(unit, context.ids(None, at["set"], at), tokens, bad, objects)
 
 
-def receipt_of(unit: Unit, rows: list[dict], bad: dict[int, str], objects: list) -> Receipt:
+def receipt_of(unit: Unit, ids: np.ndarray, tokens: int, bad: dict[int, str], objects: list) -> Receipt:
     """Return the receipt of a unit over these rows; `bad` says by position which were not finite, and where."""
     under = f" under {unit.payload['checkpoint']}" if "checkpoint" in unit.payload else ""
     return Receipt(
         unit.key,
-        rows=len(rows),
-        tokens=int(sum(row["length"] for row in rows)),
+        rows=len(ids),
+        tokens=tokens,
         bytes=sum(o.size for o in objects),
-        quarantined={int(rows[i]["id"]): f"{bad[i]}{under}" for i in sorted(bad)},
+        quarantined={int(ids[i]): f"{bad[i]}{under}" for i in sorted(bad)},
         objects=[asdict(o) for o in objects],
     )
 

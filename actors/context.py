@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from storage.checkpoints import fingerprint
 from storage.corpus import Corpus
 from storage.gradients import GradientStore
 from storage.locations import Location
+from storage.segments import Segment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -53,9 +55,14 @@ class WorkerContext:
 
     def rows(self, home: str | None, name: str, at: dict[str, Any]) -> list[dict]:
         """Return the rows of a unit: segment, start and stop of its payload."""
-        corpus = self.corpus(home, name)
-        segment = next(s for s in corpus.segments if s.name == at["segment"])
-        return corpus.read(segment, at["start"], at["stop"])
+        return self.corpus(home, name).read(self._segment(home, name, at), at["start"], at["stop"])
+
+    def ids(self, home: str | None, name: str, at: dict[str, Any]) -> np.ndarray:
+        """Return the ids of a unit's rows, int64, without reading them."""
+        return self._segment(home, name, at).base + np.arange(at["start"], at["stop"], dtype=np.int64)
+
+    def _segment(self, home: str | None, name: str, at: dict[str, Any]) -> Segment:
+        return next(s for s in self.corpus(home, name).segments if s.name == at["segment"])
 
     def store(self, home: str | None) -> GradientStore:
         return self._keep("store", home, lambda: GradientStore.open(self.home(home)))

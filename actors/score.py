@@ -1,7 +1,6 @@
 """Stage 3: every shard against the query state, in one unit with all checkpoints, down to a top-k and a few sums.
 
-From the store a unit is a shard. Without one, units of (checkpoint, shard) compute gradient rows, multiply them with the
-state and drop them; their blocks are then added per shard in checkpoint order, as the store's are.
+Blocks come from the store's rows, or without a store from what compute.py wrote; both are added in checkpoint order.
 """
 
 from collections.abc import Iterator
@@ -14,14 +13,12 @@ import torch
 from torch import Tensor
 
 from actors.collect import receipt_of
+from actors.compute import block_key
 from actors.context import WorkerContext
 from actors.leftovers import put
 from actors.specs import GradientSpec, ScoreSpec
 from actors.units import Receipt, Unit
-from engine.batches import plan_batches
-from engine.gradients import PerExampleGradients, nonfinite
 from engine.methods.contract import QueryState, Rows, load_method
-from engine.tasks.contract import Task
 from engine.topk import TopK, top_k
 from storage.gradients import DONE, QUARANTINED
 from storage.locations import Location
@@ -49,14 +46,13 @@ def score_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> 
     """Score one shard under all checkpoints, from stored rows or from computed blocks, and save what is kept."""
     spec: ScoreSpec = settings["score"]
     at = unit.payload
-    rows = context.rows(spec.home, spec.corpus, at)
-    ids = np.array([row["id"] for row in rows], dtype=np.int64)
+    ids = context.ids(spec.home, spec.corpus, at)
     parts = stored_parts(context, settings, at, ids) if spec.stored else computed_parts(context, spec, at)
     shard = add_up(ids, parts, spec)
     key = scores_key(spec.label, at)
     data = save_scores(shard)
     bad = {int(i): "an earlier stage set it aside" for i in np.flatnonzero(shard.state == QUARANTINED)}
-    return receipt_of(unit, rows, bad, [put(context, settings, unit, key, data)])
+    return receipt_of(unit, ids, 0, bad, [put(context, settings, unit, key, data)])
 
 
 def stored_parts(
@@ -109,51 +105,6 @@ def add_up(ids: np.ndarray, parts: Iterator[Part], spec: ScoreSpec) -> ShardScor
     return ShardScores(ids, state, top_k(ids[good], total[good], spec.top_k), totals, own, np.asarray(losses), dense)
 
 
-def compute_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
-    """Compute one shard's block [n, Q] under one checkpoint from its examples, keeping no gradient row."""
-    model, spec, score = settings["model"], settings["gradients"], settings["score"]
-    at = unit.payload
-    state = context.state(score.label, at["checkpoint"])
-    rows = context.rows(score.home, score.corpus, at)
-    whole = spec.projection.kind == "none"
-    hooks = context.gradients(model, at["checkpoint"], spec, "onto" if whole else "rows", state)
-    method = load_method(score.method, score.method_settings)
-    n, queries = len(rows), len(state.losses)
-    block = {"scores": np.full((n, queries), np.nan, dtype=np.float64), "self_influence": np.full(n, np.nan)}
-    block |= {"losses": np.full(n, np.nan), "state": np.full(n, DONE, dtype=np.uint8)}
-    bad: dict[int, str] = {}
-    for positions in plan_batches(np.array([row["length"] for row in rows]), spec.token_budget):
-        bad |= _compute_batch(
-            block, positions, hooks, context.task(model), rows, state, method, spec, context.device, whole
-        )
-    data = safetensors.numpy.save(block)
-    key = block_key(score.label, at)
-    return receipt_of(unit, rows, bad, [put(context, settings, unit, key, data)])
-
-
-def _compute_batch(
-    block: dict[str, np.ndarray], positions: np.ndarray, hooks: PerExampleGradients, task: Task, rows: list[dict],
-    state: QueryState, method: Any, spec: GradientSpec, device: torch.device, whole: bool,
-) -> dict[int, str]:  # fmt: skip
-    """Fill one batch's lines of the block, and return where which of them is not finite."""
-    out = hooks(task.loss, task.collate([rows[i] for i in positions]).to(device))
-    arrays = {name: array.cpu() for name, array in out.arrays.items()}
-    norms = None if out.norms is None else out.norms.cpu()
-    given = (
-        Rows(out.ids, {}, norms, spec.parameters, arrays["rows"])
-        if whole
-        else Rows(out.ids, arrays, norms, spec.parameters)
-    )
-    scored = method.score(given, state)
-    block["scores"][positions] = scored.scores.double().numpy()
-    if scored.self_influence is not None:
-        block["self_influence"][positions] = scored.self_influence.numpy()
-    block["losses"][positions] = out.losses.cpu().numpy()
-    bad = {int(positions[i]): where for i, where in nonfinite(out, hooks.projector.layout).items()}
-    block["state"][list(bad)] = QUARANTINED
-    return bad
-
-
 def computed_parts(context: WorkerContext, spec: ScoreSpec, at: dict[str, Any]) -> Iterator[Part]:
     """Yield every checkpoint's block of this shard, from what compute_unit wrote."""
     for checkpoint in spec.checkpoints:
@@ -162,10 +113,6 @@ def computed_parts(context: WorkerContext, spec: ScoreSpec, at: dict[str, Any]) 
         state = context.state(spec.label, checkpoint)
         squares = None if np.isnan(own).all() else torch.from_numpy(own)
         yield state.weight, block["state"], torch.from_numpy(block["scores"]), squares, block["losses"]
-
-
-def block_key(label: str, at: dict[str, Any]) -> str:
-    return f"scores/{label}/blocks/{at['checkpoint']}/{at['segment']}-{at['start']:09d}.safetensors"
 
 
 def scores_key(label: str, at: dict[str, Any]) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from actors.collect import collect_unit, inspect_unit
+from actors.compute import compute_unit
 from actors.context import WorkerContext
 from actors.prepare import prepare_unit
-from actors.score import compute_unit, score_unit
+from actors.score import score_unit
 from actors.units import Receipt, Unit
 
 UnitFunction = Callable[[WorkerContext, dict[str, Any], Unit], Receipt]

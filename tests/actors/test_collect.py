@@ -67,7 +67,6 @@ def test_a_row_that_is_not_finite_is_nan_throughout_and_named() -> None:
 
 @pytest.mark.parametrize(("payload", "under"), [({"checkpoint": "c-1"}, " under c-1"), ({}, "")])
 def test_a_receipt_names_ids_places_and_the_checkpoint(payload: dict[str, str], under: str) -> None:
-    rows = [{"id": 100 + i, "length": 2} for i in range(3)]
-    receipt = receipt_of(Unit("u", payload), rows, {2: "the loss"}, [])
+    receipt = receipt_of(Unit("u", payload), np.arange(100, 103), 6, {2: "the loss"}, [])
     assert receipt.quarantined == {102: f"the loss{under}"}
     assert (receipt.rows, receipt.tokens) == (3, 6)
