@@ -68,9 +68,10 @@ def describe(job: IndexJob) -> dict[str, Any]:
     return {
         "method": job.score.method, "method_settings": job.score.method_settings, "score_unit": job.score_unit,
         "sign": "positive: training on the example lowered the query's loss (a proponent)",
-        "granularity": job.granularity, "projection": job.projection if job.score.stored else {"kind": "none"},
+        "granularity": job.granularity, "projection": job.projection,
         "queries": job.score.queries, "corpus": job.score.corpus, "corpus_home": job.score.home,
         "checkpoints": [vars(job.model.checkpoint(name)) for name in job.score.checkpoints],
+        "self_influence": "sum over checkpoints of weight · exact squared gradient norm",
         "top_k": job.score.top_k, "totals": "sum over all queries of the set", "damping": None,
     }  # fmt: skip
 

@@ -83,7 +83,7 @@ def declare(run: Location, key: str, settings: dict[str, Any], what: str, other:
         run.create_json(key, {**settings, "hash": digest(settings)})
         return
     before = run.read_json(key)
-    del before["hash"]
+    before.pop("hash", None)
     if before != settings:
         where, old, new = first_difference(before, settings)
         raise StageMismatch(

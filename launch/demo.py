@@ -72,10 +72,10 @@ def noise_table(run: Run) -> Table:
     corpus = Corpus.open(run.location, TRAIN)
     rows: list[dict[str, Any]] = [row for s in corpus.segments for row in corpus.read(s, 0, s.rows)]
     flipped = np.array([row["flipped"] for row in rows])
-    table = Table(title=f"flipped labels found ({flipped.sum()} of {len(rows)} were flipped)", title_justify="left")
+    table = Table()
     shares = (0.05, 0.10, 0.20)
-    for name in ("looking at the top", *(f"{share:.0%}" for share in shares)):
-        table.add_column(name, justify="left" if name.startswith("looking") else "right")
+    for name in (f"{flipped.sum()} of {len(rows)} flipped", *(f"{share:.0%}" for share in shares)):
+        table.add_column(name, justify="left" if "flipped" in name else "right")
     for name in ("self_influence", "loss"):
         scores = columns[name].to_numpy()
         cells = [f"{found_in_top(scores, flipped, share):.0%}" for share in shares]
@@ -108,6 +108,7 @@ def main() -> None:
         "The opponents are the reviews that taught the mistake: training on them raised this loss. A star: flipped on purpose."
     )
     console.rule("(b) which labels are wrong?")
+    console.print("flipped labels found when looking only at the top of the training set")
     console.print(noise_table(run))
     console.print(f"Ask it yourself: .venv/bin/python launch/query.py {config.run.uri} --text '…'")
 

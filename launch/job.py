@@ -86,7 +86,7 @@ def score(config: Config, say: Callable[[str], None] = print) -> str:
     with RunLease(run) as lease:
         model, folders = model_spec(config, say)
         method = load_method(config.method.name, config.method.settings())
-        check_checkpoints(method, model)
+        check_method(method, model, config)
         task = make_task(model, folders[0], cache_folder())
         record_identity(run, model, folders[0], task)
         home = Location.parse(config.run.store) if config.run.store else run
@@ -109,12 +109,14 @@ def score(config: Config, say: Callable[[str], None] = print) -> str:
         return label
 
 
-def check_checkpoints(method: Method, model: ModelSpec) -> None:
-    """Refuse a method that asks for a checkpoint, or for the η of one, that is not there. Raises ValueError naming it."""
+def check_method(method: Method, model: ModelSpec, config: Config) -> None:
+    """Refuse a method that asks for a checkpoint, an η or norms that are not there. Raises ValueError naming it."""
     taken = [model.checkpoints[i] for i in method.checkpoints(len(model.checkpoints))]
     unknown = [c.name for c in taken if c.learning_rate is None]
     if method.weighs_by_learning_rate and unknown:
         raise ValueError(f"the learning rate of {unknown[0]} is not known: set checkpoints.learning_rate")
+    if method.needs_norms and not config.gradients.norms:
+        raise ValueError(f"gradients.norms=False is not allowed with method {config.method.name}: it needs exact norms")
 
 
 @contextmanager

@@ -87,6 +87,7 @@ class Method(Protocol):
     score_unit: str
     online: bool  # answers a new query in seconds from what is stored
     weighs_by_learning_rate: bool
+    needs_norms: bool  # exact gradient norms of both sides
 
     def checkpoints(self, count: int) -> list[int]: ...
     def prepare(self, queries: list[Batch], source: Source) -> QueryState: ...

@@ -26,6 +26,7 @@ class TracIn:
     score_unit: ClassVar[str] = "loss_change"  # predicted fall of the query's loss, per step of SGD on the example
     online: ClassVar[bool] = True
     weighs_by_learning_rate: ClassVar[bool] = True
+    needs_norms: ClassVar[bool] = False
 
     def checkpoints(self, count: int) -> list[int]:
         """Return the positions of the checkpoints that take part: all."""
@@ -53,6 +54,7 @@ class GradientDot:
     score_unit: ClassVar[str] = "dot"
     online: ClassVar[bool] = True
     weighs_by_learning_rate: ClassVar[bool] = False
+    needs_norms: ClassVar[bool] = False
 
     def checkpoints(self, count: int) -> list[int]:
         return one_checkpoint(self.checkpoint, count)
@@ -77,15 +79,13 @@ class GradientCosine:
     score_unit: ClassVar[str] = "cosine"
     online: ClassVar[bool] = True
     weighs_by_learning_rate: ClassVar[bool] = False
+    needs_norms: ClassVar[bool] = True
 
     def checkpoints(self, count: int) -> list[int]:
         return one_checkpoint(self.checkpoint, count)
 
     def prepare(self, queries: list[Batch], source: Source) -> QueryState:
-        state = query_gradients(queries, source, self.modules, 1.0)
-        if state.norms is None:
-            raise ValueError("method gradient-cosine needs exact norms: set gradients.norms=true and use another run")
-        return state
+        return query_gradients(queries, source, self.modules, 1.0)
 
     def score(self, rows: Rows, state: QueryState) -> ScoreBlock:
         own, other = squared_norms(rows.norms, state), squared_norms(state.norms, state)

@@ -31,7 +31,7 @@ class Regression:
             raise ValueError("task regression needs either task.settings.factory (numbers) or a tokenizer (texts)")
         self.factory, self.input_field = factory, input_field
         self.tokenizer = load_tokenizer(Path(tokenizer)) if tokenizer else None
-        self.text_field, self.target_field = text_field, target_field
+        self.text_field, self.target_field = (text_field if tokenizer else None), target_field
         self.max_tokens, self.attention = max_tokens, attention
 
     def build(self, folder: Path) -> nn.Module:
@@ -60,7 +60,7 @@ class Regression:
                 raise ValueError(
                     f"field {self.input_field!r} is {record.get(self.input_field)!r}, numbers needed"
                 ) from error
-        text = text_of(record, self.text_field)
+        text = text_of(record, str(self.text_field))
         kept, truncated = cut_tokens(self.tokenizer, text, self.max_tokens)
         return [{"input_ids": kept, "target": float(target), "truncated": truncated}]
 

@@ -1,7 +1,6 @@
 """TracInCP over two checkpoints against its definition: one product per (checkpoint, example, query)."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -231,15 +230,7 @@ def test_cosine_with_a_zero_gradient_is_zero():
     assert GradientCosine().score(rows, state).scores.tolist() == [[0.0], [pytest.approx(1.4)]]
 
 
-def test_cosine_without_norms_and_a_checkpoint_that_is_not_there_are_refused():
-    models, loss, _, query = mlp_run()
-
-    class NoNorms(HookSource):
-        def gradients(self, batch: Batch) -> GradientBatch:
-            return replace(super().gradients(batch), norms=None)
-
-    with pytest.raises(ValueError, match=r"needs exact norms: set gradients.norms=true"):
-        GradientCosine().prepare([query], NoNorms(models[0], loss, 1.0))
+def test_a_checkpoint_that_is_not_there_is_refused():
     for position in (2, -3):
         with pytest.raises(ValueError, match=f"method.checkpoint={position} is not there: 2 checkpoints"):
             GradientDot(checkpoint=position).checkpoints(2)

@@ -3,11 +3,9 @@ from pathlib import Path
 import pytest
 
 from actors.run_stage import StageStopped
-from engine.methods.contract import load_method
 from launch.config import make_config
-from launch.job import LeasedJournal, check_checkpoints, score
+from launch.job import LeasedJournal, score
 from launch.run import Run
-from launch.sources import model_spec
 from storage.gradients import StoreMismatch
 from storage.journal import Journal, LeaseLost
 from storage.locations import Location
@@ -51,11 +49,10 @@ def test_what_a_job_found_is_said(settings: Settings) -> None:
 
 
 def test_a_method_that_needs_what_is_not_there_is_refused_at_once(settings: Settings, tmp_path: Path) -> None:
-    config = make_config(settings())
-    model, _ = model_spec(config, lambda _: None)
-    check_checkpoints(load_method("tracin", {}), model)
     with pytest.raises(ValueError, match="method.checkpoint=3 is not there: 3 checkpoints"):
         score(make_config(settings(method={"name": "gradient-dot", "checkpoint": 3})), lambda _: None)
+    with pytest.raises(ValueError, match="gradients.norms=False is not allowed with method gradient-cosine"):
+        score(make_config(settings(method="gradient-cosine", gradients={"norms": False})), lambda _: None)
     assert not Location(str(tmp_path / "run")).exists("manifest.json")
 
 
