@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from actors.context import WorkerContext
-from actors.leftovers import write_unit
+from actors.leftovers import put, write_unit
 from actors.specs import GradientSpec, ModelSpec
 from actors.units import Receipt, Unit
 from engine.batches import plan_batches
@@ -19,6 +19,7 @@ from engine.parameters import changed_parameters, select_parameters
 from engine.projection import row_layout
 from engine.tasks.contract import Task
 from storage.gradients import DONE, QUARANTINED, RowBlock
+from storage.locations import to_json
 
 COVERAGE_WARNING = 0.95
 
@@ -42,8 +43,7 @@ def inspect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
         rows = [row for place in places for row in corpus.read(segment, place, place + 1)]
         batches = [task.collate([row]).to(context.device) for row in rows]
         report = asdict(measure_coverage(network, parameters, task.loss, batches, set(moved) if moved else None))
-    context.run.create_json(
-        unit.payload["key"],
+    found = to_json(
         {
             "parameters": [p.name for p in parameters],
             "sizes": [p.size for p in parameters],
@@ -51,9 +51,10 @@ def inspect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
             "arrays": layout.arrays if layout else {},
             "ranges": [asdict(r) for r in layout.ranges] if layout else [],
             "coverage": report,
-        },
+        }
     )
-    return Receipt(unit.key)
+    written = put(context, settings, unit, unit.payload["key"], found)
+    return Receipt(unit.key, bytes=len(found), objects=[asdict(written)])
 
 
 def _moved(context: WorkerContext, model: ModelSpec) -> list[str]:

@@ -128,6 +128,7 @@ class WorkerContext:
             return self._held["gradients"][1]
         made = make()
         self._held["gradients"] = (key, made)
+        self._blocks = blocks  # kept as long as its address is in the key
         return made
 
     def state(self, label: str, checkpoint: str) -> QueryState:

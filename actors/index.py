@@ -1,7 +1,7 @@
 """Stage 4: merge the shards' scores into the index that answers queries. One shard is held at a time."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,14 @@ _BY_EXAMPLE = pa.schema(
 
 
 @dataclass(frozen=True)
+class Fields:
+    """Which fields of a record an index row shows."""
+
+    text: str = "text"
+    label: str = "label"
+
+
+@dataclass(frozen=True)
 class IndexJob:
     """What the index is built from."""
 
@@ -40,6 +48,7 @@ class IndexJob:
     granularity: str
     projection: dict[str, Any]
     shards: list[dict[str, Any]]
+    fields: Fields
 
     @property
     def home(self) -> Location:
@@ -51,7 +60,9 @@ def build_index(job: IndexJob) -> None:
     top = merged_top(job)
     train = Corpus.open(job.home, job.score.corpus)
     queries = Corpus.open(job.run, job.score.queries)
-    write_index(job.run, job.score.label, describe(job), by_query(top, train, queries), by_example(job, train))
+    write_index(
+        job.run, job.score.label, describe(job), by_query(top, train, queries, job.fields), by_example(job, train)
+    )
 
 
 def merged_top(job: IndexJob) -> TopK:
@@ -72,24 +83,24 @@ def describe(job: IndexJob) -> dict[str, Any]:
         "queries": job.score.queries, "corpus": job.score.corpus, "corpus_home": job.score.home,
         "checkpoints": [vars(job.model.checkpoint(name)) for name in job.score.checkpoints],
         "self_influence": "sum over checkpoints of weight · exact squared gradient norm",
-        "top_k": job.score.top_k, "totals": "sum over all queries of the set", "damping": None,
+        "top_k": job.score.top_k, "fields": asdict(job.fields), "totals": "sum over all queries of the set", "damping": None,
     }  # fmt: skip
 
 
-def by_query(top: TopK, train: Corpus, queries: Corpus) -> Iterator[pa.Table]:
+def by_query(top: TopK, train: Corpus, queries: Corpus, fields: Fields) -> Iterator[pa.Table]:
     """Yield rows of some queries at a time: proponents then opponents, best first, with a snippet of the example."""
-    briefs = find_briefs(train, np.unique(top.ids))
+    briefs = find_briefs(train, np.unique(top.ids), fields)
+    asked = find_briefs(queries, np.arange(top.ids.shape[1]), fields)
     count, k = top.ids.shape[1:]
     step = max(1, _TABLE_ROWS // (2 * max(1, k)))
     for begin in range(0, count, step):
         rows = []
         for query in range(begin, min(begin + step, count)):
-            asked = queries.row(query)["source_id"]
             for side, name in enumerate(SIDES):
                 for rank, (example, score) in enumerate(
                     zip(top.ids[side, query], top.scores[side, query], strict=True)
                 ):
-                    place = {"query": query, "query_source_id": asked, "side": name, "rank": rank}
+                    place = {"query": query, "query_source_id": asked[query]["source_id"], "side": name, "rank": rank}
                     rows.append(place | {"id": int(example), "score": float(score), **briefs[int(example)]})
         yield pa.Table.from_pylist(rows, schema=_BY_QUERY)
 
@@ -103,12 +114,12 @@ def by_example(job: IndexJob, train: Corpus) -> Iterator[pa.Table]:
         columns: dict[str, Any] = {"id": shard.ids}
         columns |= {name: pa.array(values, from_pandas=True) for name, values in numbers.items()}  # NaN -> null
         columns["quarantined"] = shard.state == QUARANTINED
-        briefs = [brief(record) for record in records]
+        briefs = [brief(record, job.fields) for record in records]
         columns |= {name: [b[name] for b in briefs] for name in ("source_id", "label", "snippet")}
         yield pa.Table.from_pydict(columns, schema=_BY_EXAMPLE)
 
 
-def find_briefs(corpus: Corpus, ids: np.ndarray) -> dict[int, dict[str, Any]]:
+def find_briefs(corpus: Corpus, ids: np.ndarray, fields: Fields) -> dict[int, dict[str, Any]]:
     """Return the brief of every given id, reading each row group that holds one once."""
     found: dict[int, dict[str, Any]] = {}
     for segment in corpus.segments:
@@ -117,20 +128,17 @@ def find_briefs(corpus: Corpus, ids: np.ndarray) -> dict[int, dict[str, Any]]:
             here = inside[inside // GROUP_ROWS == group]
             first = int(here[0])
             records = corpus.read(segment, first, int(here[-1]) + 1)
-            found |= {segment.base + int(i): brief(records[int(i) - first]) for i in here}
+            found |= {segment.base + int(i): brief(records[int(i) - first], fields) for i in here}
     return found
 
 
-def brief(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what an index row shows of an example: the corpus's own id, its label and the first text field's beginning."""
-    text = record.get("text")
-    if not isinstance(text, str):
-        hidden = ("source_id", "label")
-        text = next((v for k, v in record.items() if isinstance(v, str) and k not in hidden), "")
-    label = next((record[k] for k in ("label", "labels", "target") if k in record), None)
+def brief(record: dict[str, Any], fields: Fields) -> dict[str, Any]:
+    """Return what an index row shows of an example: the corpus's own id, its label and the beginning of its text."""
+    text, label = record.get(fields.text), record.get(fields.label)
+    text = text if isinstance(text, str) else ""
     return {
         "source_id": str(record["source_id"]),
-        "label": None if label is None else str(label),
+        "label": str(label) if isinstance(label, str | int | float | np.number) else None,
         "snippet": text if len(text) <= SNIPPET else text[: SNIPPET - 1] + "…",
     }
 

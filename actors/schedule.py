@@ -253,7 +253,7 @@ class Schedule:
             more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
             self._give_up(
                 f"{bad} of {self.rows} rows are not finite: {shown}{more}. cluster.max_bad_fraction="
-                f"{self.limits.max_bad_fraction} of the stage is allowed. Look at these rows, erase them or "
+                f"{self.limits.max_bad_fraction} of the stage is allowed. Look at these rows, leave them out or "
                 f"raise it. {self._progress()}; run again to resume."
             )
 

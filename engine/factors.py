@@ -69,9 +69,13 @@ def squared_norm(calls: list[tuple[Factor, Factor]]) -> Tensor:
     total = torch.zeros(len(calls[0][0].values), device=calls[0][0].values.device, dtype=torch.float64)
     for i, (a, b) in enumerate(calls):
         for j, (c, d) in enumerate(calls[: i + 1]):
-            product = (gram(a, c) * gram(b, d)).sum((1, 2)).double()
+            product = (_wide(gram(a, c)) * _wide(gram(b, d))).sum((1, 2)).double()
             total += product if i == j else 2 * product
     return total
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _cheaper_materialised(a: Factor, b: Factor) -> bool:

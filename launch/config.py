@@ -118,7 +118,7 @@ class GradientsSection(Section):
     store: bool = Field(True, description="false: score from the corpus in one pass and keep no rows")
     compute: Literal["float32", "bfloat16"] = Field("float32", description="dtype of forward and backward")
     dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="dtype of stored rows")
-    compression: Literal["none", "blosc-lz4", "zstd"] = Field("none", description="of stored rows; saves about 6 %")
+    compression: Literal["none", "blosc-lz4"] = Field("none", description="of stored rows; saves about 6 %")
     norms: bool = Field(True, description="exact per-parameter norms: self-influence and cosine need them")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="attention implementation of transformers models")
     token_budget: int = Field(2048, ge=1, description="padded tokens a batch")

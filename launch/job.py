@@ -11,7 +11,7 @@ from typing import Any
 
 from actors.cluster import connect, nodes, resources, worker_plan
 from actors.context import make_task
-from actors.index import IndexJob, build_index
+from actors.index import Fields, IndexJob, build_index
 from actors.neighbours import build_neighbour_index
 from actors.plan import checkpoint_units, shard_rows, shard_units, shards
 from actors.pool import InProcessPool, Pool
@@ -22,8 +22,11 @@ from actors.schedule import Limits
 from actors.specs import GradientSpec, ModelSpec, ScoreSpec, declare_stage, digest
 from actors.units import Stage, Unit
 from actors.worker import MakeWorker
+from engine.knn import faiss_module
 from engine.methods.contract import Method, load_method
 from engine.projection import Projection
+from engine.tasks.contract import Task
+from launch.command import interrupted
 from launch.config import Config
 from launch.paths import refuse_relative_paths, refuse_unseen_paths
 from launch.sources import TRAIN, cache_folder, ingest_set, model_spec, record_identity, same_model
@@ -61,6 +64,7 @@ class Job:
     progress: StageProgress
     events: EventLog
     lease: RunLease
+    fields: Fields
     reports: list[StageReport] = field(default_factory=list)
 
     def stage(self, name: str, function: str, settings: dict[str, Any], units: list[Unit]) -> None:
@@ -68,7 +72,7 @@ class Job:
         limits = Limits(max_bad_fraction=self.config.cluster.max_bad_fraction)
         journal = LeasedJournal(Journal(self.run, name), self.lease)
         stage = Stage(name, function, settings | {"claim": Claim(name, self.lease.number)}, units)
-        report = run_stage(self.pool, stage, journal, self.progress, self.events, limits)
+        report = run_stage(self.pool, stage, journal, self.progress, self.events, limits, interrupted=interrupted)
         self.reports.append(report)
 
 
@@ -91,13 +95,13 @@ def score(config: Config, say: Callable[[str], None] = print) -> str:
         record_identity(run, model, folders[0], task)
         home = Location.parse(config.run.store) if config.run.store else run
         if config.run.store:
-            same_model(home, model)
+            same_model(home, run, model)
         else:
-            ingest_set(run, TRAIN, config.corpus, task, folders[0], say)
-        ingest_set(run, config.queries.name, config.queries, task, folders[0], say)
+            ingest_set(run, TRAIN, config.corpus, task, config.task.name, folders[0], say)
+        ingest_set(run, config.queries.name, config.queries, task, config.task.name, folders[0], say)
         driver = f"{socket.gethostname()}-{lease.number}"  # never two at once under one name
         with worker_pool(config, run, model) as pool, EventLog(run, driver) as events:
-            job = Job(config, run, pool, model, StageProgress(), events, lease)
+            job = Job(config, run, pool, model, StageProgress(), events, lease, shown_fields(task))
             seen = inspect(job, say)
             gradients = gradient_spec(config, seen)
             if config.gradients.store and config.run.store is None:
@@ -109,12 +113,26 @@ def score(config: Config, say: Callable[[str], None] = print) -> str:
         return label
 
 
+def shown_fields(task: Task) -> Fields:
+    """Return the record's fields that answers show: those that the task reads, else `text` and `label`."""
+    label = getattr(task, "label_field", None) or getattr(task, "target_field", None) or "label"
+    return Fields(getattr(task, "text_field", None) or "text", label)
+
+
 def check_method(method: Method, model: ModelSpec, config: Config) -> None:
     """Refuse a method that asks for a checkpoint, an η or norms that are not there. Raises ValueError naming it."""
     taken = [model.checkpoints[i] for i in method.checkpoints(len(model.checkpoints))]
     unknown = [c.name for c in taken if c.learning_rate is None]
     if method.weighs_by_learning_rate and unknown:
         raise ValueError(f"the learning rate of {unknown[0]} is not known: set checkpoints.learning_rate")
+    if method.weighs_by_learning_rate and not any(c.learning_rate for c in taken):
+        raise ValueError(
+            "all learning rates are 0, so every score would be: set learning_rate in the list of checkpoints"
+        )
+    if config.output.neighbours != "exact":
+        if not config.gradients.store:
+            raise ValueError(f"output.neighbours={config.output.neighbours} needs rows: set gradients.store=true")
+        faiss_module()
     if method.needs_norms and not config.gradients.norms:
         raise ValueError(f"gradients.norms=False is not allowed with method {config.method.name}: it needs exact norms")
 
@@ -242,7 +260,9 @@ def score_and_index(
         job.stage(f"compute-{label}", "compute", settings, checkpoint_units(names, pieces, TRAIN))
     job.stage(f"score-{label}", "score", settings, shard_units(pieces, TRAIN))
     granularity = job.run.read_json("manifest.json")["granularity"]
-    index = IndexJob(job.run, job.model, spec, method.score_unit, granularity, asdict(gradients.projection), pieces)
+    index = IndexJob(
+        job.run, job.model, spec, method.score_unit, granularity, asdict(gradients.projection), pieces, job.fields
+    )
     job.lease.check()
     build_index(index)
     if config.output.neighbours != "exact":

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from actors.context import CheckpointSource, WorkerContext
-from actors.index import brief
+from actors.index import Fields, find_briefs
 from actors.neighbours import search_neighbours
 from actors.plan import shards
 from actors.prepare import query_batches, refuse_nonfinite
@@ -29,6 +29,7 @@ class Setting:
     score: ScoreSpec
     method: Method
     shard_rows: int
+    fields: Fields
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def score_records(setting: Setting, records: list[dict[str, Any]], k: int, kind:
     "exact" scans the store, one shard in memory at a time; another kind asks the neighbour index of that name.
     """
     task, states = setting.context.task(setting.model), {}
-    rows = [first_row(row) for record in records for row in encoded(setting, record)[:1]]
+    rows = [first_row(one_example(setting, record)) for record in records]
+    if not rows:
+        return []
     for name in setting.score.checkpoints:
         source = CheckpointSource(setting.context, setting.model, name, setting.gradients, "rows")
         states[name] = setting.method.prepare(query_batches(task, rows, setting.gradients.token_budget), source)
@@ -76,9 +79,17 @@ def score_records(setting: Setting, records: list[dict[str, Any]], k: int, kind:
         run, ordered = setting.context.run, list(states.values())
         top = search_neighbours(run, setting.score.label, kind, setting.method, ordered, k)
     return [
-        Answer(record, *(found(corpus, top.ids[side, i], top.scores[side, i]) for side in (0, 1)))
+        Answer(record, *(found(corpus, top.ids[side, i], top.scores[side, i], setting.fields) for side in (0, 1)))
         for i, record in enumerate(records)
     ]
+
+
+def one_example(setting: Setting, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record's one example. Raises ValueError if it is longer than an example may be."""
+    found = encoded(setting, record)
+    if len(found) > 1:
+        raise ValueError(f"the query fills {len(found)} chunks of the task's max_tokens: ask about one of them")
+    return found[0]
 
 
 def first_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +111,8 @@ def scan(setting: Setting, corpus: Corpus, states: dict[str, QueryState], k: int
     return top
 
 
-def found(corpus: Corpus, ids: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
+def found(corpus: Corpus, ids: np.ndarray, scores: np.ndarray, fields: Fields) -> list[dict[str, Any]]:
     """Return one side of an answer."""
     pairs = [(int(i), float(s)) for i, s in zip(ids, scores, strict=True) if i >= 0]
-    return [{"id": i, "score": s, **brief(corpus.row(i))} for i, s in pairs]
+    briefs = find_briefs(corpus, np.unique([i for i, _ in pairs]), fields)
+    return [{"id": i, "score": s, **briefs[i]} for i, s in pairs]

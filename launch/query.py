@@ -32,9 +32,9 @@ def answer(
     """Return the answer as `--json` prints it: query, method, score_unit, proponents and opponents, best first."""
     if (query is None) == (text is None):
         raise ValueError("give either --query (a stored query) or --text (a new one)")
-    if top < 1:
-        raise ValueError(f"--top {top} is not allowed: at least 1")
     index = run.index(scores)
+    if not 1 <= top <= index.meta["top_k"]:
+        raise ValueError(f"--top {top} is not allowed: 1 to {index.meta['top_k']}, which output.top_k kept")
     about = {"method": index.meta["method"], "score_unit": index.meta["score_unit"], "scores": index.label}
     if text is not None:
         found = run.score([text], None if label is None else [label], top, scores, exact)[0]

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.context import WorkerContext
+from actors.index import Fields
 from actors.neighbours import built_kinds
 from actors.specs import CheckpointSpec, GradientSpec, ModelSpec, ScoreSpec
 from actors.states import load_state
@@ -51,6 +52,8 @@ class Run:
         `query` is its row, 0 … Q − 1, or `source:ID` with the corpus's own id.
         """
         index = self.index(scores)
+        if k > index.meta["top_k"]:
+            raise ValueError(f"top {k} is not allowed: scores {index.label} keep {index.meta['top_k']} (output.top_k)")
         proponents, opponents = index.top(self.query_row(query, index), k)
         return pa.concat_tables([proponents, opponents])
 
@@ -138,4 +141,12 @@ class Run:
                 f"scores {index.label} cannot answer a new text at once: they were made without a store. "
                 f"Put it into a query set and run score.py, or score with gradients.store=true."
             )
-        return Setting(WorkerContext(self.location.uri), model, gradients, score, method, int(record["shard_rows"]))
+        return Setting(
+            WorkerContext(self.location.uri),
+            model,
+            gradients,
+            score,
+            method,
+            int(record["shard_rows"]),
+            Fields(**index.meta["fields"]),
+        )

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from actors.specs import CheckpointSpec, ModelSpec, declare
+from actors.specs import CheckpointSpec, ModelSpec, declare, first_difference
 from engine.limits import read_limits
 from engine.models import architecture_of
 from engine.tasks.contract import Task, encode
@@ -17,6 +17,7 @@ from storage.checkpoints import find_checkpoints, fingerprint
 from storage.corpus import ingest
 from storage.locations import Location
 from storage.readers import read_records, source_files
+from storage.rows import OWN
 
 TRAIN = "train"
 _EDGE = 1 << 20  # bytes at either end of a source file that its fingerprint covers
@@ -100,7 +101,13 @@ def holds_rows(run: Location, folder: str) -> bool:
 
 
 def ingest_set(
-    run: Location, name: str, section: CorpusSection, task: Task, folder: Path, say: Callable[[str], None]
+    run: Location,
+    name: str,
+    section: CorpusSection,
+    task: Task,
+    task_name: str,
+    folder: Path,
+    say: Callable[[str], None],
 ) -> None:
     """Stage 0: stream records once into rows. A set that is already there stays as it is.
 
@@ -114,11 +121,25 @@ def ingest_set(
     declare(run, f"stages/ingest-{name}.json", record, f"corpus {name!r} of run {run.uri}", other)
     limits = read_limits(folder)
     records = islice(read_records(section.path, split=section.split), section.limit)
-    report = ingest(run, name, records, lambda one: limits.check(encode(task, one)))
+    own_task = ":" in task_name
+
+    def rows_of(record: dict) -> list[dict]:
+        if own_task:
+            refuse_reserved(record)
+        return limits.check(encode(task, record))
+
+    report = ingest(run, name, records, rows_of)
     say(
         f"{name}: {report.examples:,} examples of {report.documents:,} records, {report.tokens:,} tokens, "
         f"{report.truncated:,} truncated, {report.chunked:,} chunked"
     )
+
+
+def refuse_reserved(record: dict) -> None:
+    """Raise ValueError for a field that a user's own task would find replaced by a column of ours."""
+    taken = sorted((OWN.keys() - {"id"}) & record.keys())
+    if taken:
+        raise ValueError(f"field {taken[0]!r} is a column of every corpus and would be replaced: give it another name")
 
 
 def content(path: str) -> str:
@@ -131,13 +152,31 @@ def content(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def same_model(home: Location, model: ModelSpec) -> None:
-    """Refuse to score against a store whose rows were made with other weights. Raises ValueError naming the checkpoint."""
+def same_model(home: Location, run: Location, model: ModelSpec) -> None:
+    """Refuse to score against a store whose rows were made of another task or with other weights.
+
+    Raises ValueError naming what differs.
+    """
+    if not home.exists("manifest.json"):
+        raise ValueError(f"run.store={home.uri} holds no run: check the path")
+    theirs, ours = (where.read_json("manifest.json") for where in (home, run))
+    if theirs != ours:
+        what, stored, here = first_difference(theirs, ours)
+        raise ValueError(f"run.store={home.uri} is about something else: {what} is {stored!r} there, {here!r} here.")
+    collected = f"stages/collect-{TRAIN}.json"
+    made_with = home.read_json(collected)["model"] if home.exists(collected) else {}
+    for setting in ("compute", "attention"):
+        here = getattr(model, setting)
+        if made_with.get(setting, here) != here:
+            raise ValueError(
+                f"gradients.{setting}={here!r} is not allowed: the rows of run.store={home.uri} were made with "
+                f"{made_with[setting]!r}."
+            )
     for checkpoint in model.checkpoints:
         key = f"checkpoints/{checkpoint.name}.json"
-        stored: dict[str, Any] = home.read_json(key) if home.exists(key) else {}
-        if stored.get("fingerprint") != checkpoint.fingerprint:
+        rows_of: dict[str, Any] = home.read_json(key) if home.exists(key) else {}
+        if rows_of.get("fingerprint") != checkpoint.fingerprint:
             raise ValueError(
                 f"run.store={home.uri} has no rows of checkpoint {checkpoint.name} as it is here: "
-                f"fingerprint {stored.get('fingerprint', 'none')}, here {checkpoint.fingerprint}."
+                f"fingerprint {rows_of.get('fingerprint', 'none')}, here {checkpoint.fingerprint}."
             )

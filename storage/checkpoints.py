@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,7 @@ class CheckpointRef:
 
 def find_checkpoints(
     source: str | Sequence[str | dict[str, Any]],  # a folder, or a list of folders or {path, learning_rate, step}
-    learning_rates: Sequence[float]
-    | float
-    | None = None,  # given by the user: one for all, or one each in order of step
+    learning_rate: float | None = None,  # for those whose folder, or entry in the list, does not say it
 ) -> list[CheckpointRef]:
     """Return the checkpoints in order of step.
 
@@ -53,13 +51,10 @@ def find_checkpoints(
     """
     found = _in_folder(Location.parse(source)) if isinstance(source, str) else _listed(source)
     found = sorted(found, key=lambda ref: ref.step)
-    if learning_rates is not None:
-        rates = [learning_rates] * len(found) if isinstance(learning_rates, int | float) else list(learning_rates)
-        if len(rates) != len(found):
-            raise ValueError(f"checkpoints.learning_rate has {len(rates)} values, there are {len(found)} checkpoints.")
+    if learning_rate is not None:
         found = [
-            CheckpointRef(ref.name, ref.path, ref.step, float(rate), "given")
-            for ref, rate in zip(found, rates, strict=True)
+            replace(ref, learning_rate=learning_rate, how="given") if ref.learning_rate is None else ref
+            for ref in found
         ]
     unknown = [ref.name for ref in found if ref.learning_rate is None]
     if unknown and len(found) > 1:
@@ -110,7 +105,7 @@ def _single(folder: Location, keys: list[str]) -> CheckpointRef:
 def _listed(source: Sequence[str | dict[str, Any]]) -> list[CheckpointRef]:
     if not source:
         raise FileNotFoundError("checkpoints is an empty list: give a folder, or at least one {path, learning_rate}.")
-    refs = []
+    refs, steps = [], []
     for number, entry in enumerate(source):
         fields: dict[str, Any] = {"path": entry} if isinstance(entry, str) else entry
         unknown = fields.keys() - {"path", "learning_rate", "step"}
@@ -120,11 +115,14 @@ def _listed(source: Sequence[str | dict[str, Any]]) -> list[CheckpointRef]:
             )
         folder = Location.parse(fields["path"])
         found = _single(folder, folder.list())
-        step = _number(fields, "step", number) or found.step or _step_in_name(found.name, number)
+        step = _number(fields, "step", number)
+        steps.append(step if step is not None else found.step or _step_in_name(found.name))
         rate = _number(fields, "learning_rate", number)
         known = (found.learning_rate, found.how) if rate is None else (rate, "given")
-        refs.append(CheckpointRef(found.name, folder, int(step), *known))
-    return _with_own_names(refs)
+        refs.append(CheckpointRef(found.name, folder, 0, *known))
+    if None in steps:  # the order of the list is all that is known
+        steps = list(range(len(refs)))
+    return _with_own_names([replace(ref, step=int(step or 0)) for ref, step in zip(refs, steps, strict=True)])
 
 
 def _number(fields: dict[str, Any], key: str, number: int) -> float | None:
@@ -181,5 +179,5 @@ def _is_step(name: str) -> bool:
     return name.startswith("checkpoint-") and name.removeprefix("checkpoint-").isdigit()
 
 
-def _step_in_name(name: str, number: int) -> int:
-    return int(name.removeprefix("checkpoint-")) if _is_step(name) else number
+def _step_in_name(name: str) -> int | None:
+    return int(name.removeprefix("checkpoint-")) if _is_step(name) else None

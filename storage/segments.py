@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.locations import Location
+from storage.locations import Location, ObjectConflict
 from storage.rows import ENCODED, OWN, infer_schema, rename_field, to_batch
 
 ROW_GROUP = 4096  # rows that are read at once
@@ -79,6 +79,10 @@ def write_segment(
     """
     name = f"{len(before):06d}.0"
     key = rows_key(corpus, name)
+    if run.exists(f"corpus/{corpus}/{name}/segment.json"):
+        raise ObjectConflict(
+            f"segment {name} of corpus {corpus!r} was committed meanwhile: another job holds {run.uri}."
+        )
     run.delete(key)  # without its segment.json nobody has read it
     schema = read_schema(run, corpus, before[0].name) if before else None
     tally = Tally()

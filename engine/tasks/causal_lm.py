@@ -63,22 +63,18 @@ class CausalLM:
             )
         step = self.max_tokens - 1
         chunks = [slice(start, start + self.max_tokens) for start in range(0, max(1, len(tokens) - 1), step)]
-        return [self._row(tokens[c], counted[c], len(chunks) > 1) for c in chunks if counted[c][1:].any()]
+        own_text = len(chunks) > 1 and self.text_field in record
+        return [self._row(tokens[c], counted[c], own_text) for c in chunks if counted[c][1:].any()]
 
-    def _row(self, tokens: np.ndarray, counted: np.ndarray, chunked: bool) -> dict:
+    def _row(self, tokens: np.ndarray, counted: np.ndarray, own_text: bool) -> dict:
         """Return what the row of one chunk adds; a chunk keeps its own text in place of the whole document's."""
         row: dict = {"input_ids": tokens, "counted": np.append(0, counted[1:]).astype(np.uint8)}
-        return row | {self.text_field: self.tokenizer.decode(tokens, skip_special_tokens=True)} if chunked else row
+        return row | {self.text_field: self.tokenizer.decode(tokens, skip_special_tokens=True)} if own_text else row
 
     def _tokens(self, record: dict) -> tuple[np.ndarray, np.ndarray]:
         """Return the document's token ids and which of them the loss counts."""
         if record.get("input_ids") is not None:
-            tokens = as_tokens(record["input_ids"])
-            labels = record.get("labels")
-            if labels is not None and len(labels) != len(tokens):
-                raise ValueError(f"field 'labels' has {len(labels)} entries for {len(tokens)} in 'input_ids'")
-            counted = np.ones(len(tokens)) if labels is None else np.asarray(labels) != _IGNORED
-            return tokens, counted.astype(np.uint8)
+            return _tokenised(record)
         prompt: list[int] = []
         if self.prompt_field:
             prompt = self.tokenizer(text_of(record, self.prompt_field), verbose=False)["input_ids"]
@@ -104,3 +100,22 @@ class CausalLM:
         each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=_IGNORED)
         total = each.sum(1)
         return total / counted.sum(1) if self.reduction == "mean" else total
+
+
+def _tokenised(record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of a record that holds them, without padding, and which of them its labels count."""
+    tokens = as_tokens(record["input_ids"])
+    found = {name: record.get(name) for name in ("labels", "attention_mask")}
+    for name, value in found.items():
+        if value is not None and len(value) != len(tokens):
+            raise ValueError(f"field {name!r} has {len(value)} entries for {len(tokens)} in 'input_ids'")
+    labels = tokens if found["labels"] is None else np.asarray(found["labels"])
+    counted = labels != _IGNORED
+    if (labels != tokens)[counted].any():
+        raise ValueError(
+            "field 'labels' is neither -100 nor the token of 'input_ids' somewhere: it must be one of them"
+        )
+    if found["attention_mask"] is not None:
+        kept = np.asarray(found["attention_mask"]) != 0
+        tokens, counted = tokens[kept], counted[kept]
+    return tokens, counted.astype(np.uint8)

@@ -21,8 +21,8 @@ class Labels:
         """Return the class index of a label. Raises ValueError naming the value and what is allowed."""
         if label is None:
             raise ValueError(f"field {field!r} is missing: a label is needed")
-        if self.names and label in self.names:
-            return self.names.index(label)
+        if self.names and str(label) in self.names:
+            return self.names.index(str(label))
         try:
             index = int(label)
             whole = float(label) == index

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from engine.batches import Batch, collate_ids
 from engine.models import build_torch, load_hugging_face, load_torch, needed, start_hugging_face
-from engine.tasks.text import cut_tokens, load_tokenizer, model_inputs, targets, text_batch, text_of
+from engine.tasks.text import (
+    cut_tokens,
+    load_tokenizer,
+    model_inputs,
+    padded_alike,
+    padding_id,
+    targets,
+    text_batch,
+    text_of,
+)
 from engine.tasks.text_classification import wide
 
 
@@ -39,7 +48,8 @@ class Regression:
             return load_torch(folder, self.factory)
         from transformers import AutoModelForSequenceClassification
 
-        return load_hugging_face(folder, AutoModelForSequenceClassification, self.attention, num_labels=1)
+        model = load_hugging_face(folder, AutoModelForSequenceClassification, self.attention, num_labels=1)
+        return padded_alike(model, self.tokenizer)
 
     def initialise(self, folder: Path | None) -> nn.Module:
         if self.factory:
@@ -67,7 +77,7 @@ class Regression:
     def collate(self, rows: list[dict]) -> Batch:
         target = targets(rows, torch.float32)
         if self.tokenizer is not None:
-            return text_batch(rows, self.tokenizer.pad_token_id or 0, {"target": target})
+            return text_batch(rows, padding_id(self.tokenizer), {"target": target})
         inputs = torch.tensor(np.stack([row["inputs"] for row in rows]))
         return Batch(collate_ids(rows), {"inputs": inputs, "target": target})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.batches import Batch, collate_ids, pad
 
@@ -36,6 +36,18 @@ def text_batch(rows: list[dict], padding: int, extra: dict[str, Tensor]) -> Batc
     tokens = [row["input_ids"] for row in rows]
     mask = pad([np.ones(len(t), dtype=np.int64) for t in tokens], 0)
     return Batch(collate_ids(rows), {"input_ids": pad(tokens, padding), "attention_mask": mask} | extra)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the token that pads a batch: the tokenizer's own, else its end of text, else 0."""
+    known = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
+    return int(known[0]) if known else 0
+
+
+def padded_alike(model: nn.Module, tokenizer: Any) -> nn.Module:
+    """Return the model told which token pads: some pool the last token before it, which must not be our padding."""
+    model.config.pad_token_id = padding_id(tokenizer)  # type: ignore[union-attr]
+    return model
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from engine.batches import Batch
 from engine.models import load_hugging_face, start_hugging_face
 from engine.tasks.labels import Labels
-from engine.tasks.text import cut_tokens, load_tokenizer, model_inputs, targets, text_batch, text_of
+from engine.tasks.text import (
+    cut_tokens,
+    load_tokenizer,
+    model_inputs,
+    padded_alike,
+    padding_id,
+    targets,
+    text_batch,
+    text_of,
+)
 
 
 class TextClassification:
@@ -34,12 +43,14 @@ class TextClassification:
     def build(self, folder: Path) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
 
-        return load_hugging_face(folder, AutoModelForSequenceClassification, self.attention, **self._classes())
+        model = load_hugging_face(folder, AutoModelForSequenceClassification, self.attention, **self._classes())
+        return padded_alike(model, self.tokenizer)
 
     def initialise(self, folder: Path) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
 
-        return start_hugging_face(folder, AutoModelForSequenceClassification, **self._classes())
+        model = start_hugging_face(folder, AutoModelForSequenceClassification, **self._classes())
+        return padded_alike(model, self.tokenizer)
 
     def _classes(self) -> dict[str, int]:
         return {"num_labels": self.labels.count} if self.labels.count else {}
@@ -51,7 +62,7 @@ class TextClassification:
         return [{"input_ids": kept, "target": target, "truncated": truncated}]
 
     def collate(self, rows: list[dict]) -> Batch:
-        return text_batch(rows, self.tokenizer.pad_token_id or 0, {"target": targets(rows)})
+        return text_batch(rows, padding_id(self.tokenizer), {"target": targets(rows)})
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = model(**model_inputs(batch)).logits

@@ -2,12 +2,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from actors.context import CheckpointSource, WorkerContext, make_task, named_parameters
 from actors.specs import CheckpointSpec, GradientSpec, ModelSpec
+from engine.methods.contract import QueryState
 from engine.projection import Projection
 from storage.checkpoints import fingerprint
-from tests.conftest import ToyMlp, tiny_bert
+from tests.conftest import ToyMlp, tiny_bert, toy_mlp
 
 SPEC = GradientSpec(("classifier.weight", "classifier.bias"), Projection("two-sided", 4), True, 64)
 
@@ -60,3 +62,15 @@ def test_a_task_takes_tokenizer_and_attention_from_the_model(model: ModelSpec, t
 def test_parameters_come_by_name_in_the_order_asked_for() -> None:
     names = ("head.bias", "first.weight")
     assert tuple(p.name for p in named_parameters(ToyMlp(), names)) == names
+
+
+def test_hooks_keep_the_queries_they_multiply_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = WorkerContext("run")
+    monkeypatch.setattr(context, "model", lambda *_: toy_mlp())
+    spec = GradientSpec(("head.weight",), Projection("none"), False, 100)
+    model = ModelSpec("t", {}, (CheckpointSpec("c", "u", 0, 1.0, "f"),), "float32", "sdpa")
+    for number in range(20):  # an address that is used again must not stand for the queries that were there before
+        blocks = QueryState({"head.weight": torch.full((1, 18), float(number))}, None, torch.zeros(1), 1.0, (0,))
+        hooks = context.gradients(model, "c", spec, "onto", blocks)
+        assert float(hooks.projector._blocks["head.weight"][0, 0]) == number
+        del blocks

@@ -32,9 +32,9 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     seen: dict[str, dict[str, Any]] = {}
     run_stage = job.run_stage
 
-    def spy(pool: Any, stage: Any, *rest: Any) -> Any:
+    def spy(pool: Any, stage: Any, *rest: Any, **more: Any) -> Any:
         seen[stage.function] = stage.settings
-        return run_stage(pool, stage, *rest)
+        return run_stage(pool, stage, *rest, **more)
 
     monkeypatch.setattr(job, "run_stage", spy)
     return seen

@@ -145,3 +145,16 @@ def test_mean_for_sum_and_uncounted_chunk_borders_are_caught(tokenizer_folder, c
             for row in (encode(self, {"input_ids": tokens[begin : begin + 3]}) if begin + 1 < len(tokens) else [])
         ],
     )
+
+
+def test_padding_of_a_tokenised_record_is_left_out(tokenizer_folder) -> None:
+    task = CausalLM(str(tokenizer_folder / "plain"))
+    (row,) = task.encode({"input_ids": [5, 6, 7, 0, 0], "attention_mask": [1, 1, 1, 0, 0]})
+    assert row["input_ids"].tolist() == [5, 6, 7]
+    assert row["counted"].tolist() == [0, 1, 1]
+
+
+def test_labels_that_are_not_the_tokens_are_refused(tokenizer_folder) -> None:
+    task = CausalLM(str(tokenizer_folder / "plain"))
+    with pytest.raises(ValueError, match="field 'labels' is neither -100 nor the token"):
+        task.encode({"input_ids": [5, 6, 7], "labels": [-100, 6, 8]})

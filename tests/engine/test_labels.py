@@ -37,3 +37,8 @@ def test_a_missing_label_is_refused_and_without_a_count_any_whole_number_goes():
     with pytest.raises(ValueError, match="field 'y' is missing"):
         Labels(None, None).index(None, "y")
     assert Labels(None, None).index(2**20, "y") == 2**20
+
+
+def test_names_that_are_numbers_are_names_first() -> None:
+    labels = Labels(None, ["1", "2", "3"])
+    assert [labels.index(label, "stars") for label in ("1", 2, 3)] == [0, 1, 2]

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from actors.run_stage import StageStopped
+from launch import command
 from launch.config import make_config
 from launch.job import LeasedJournal, score
 from launch.run import Run
@@ -79,3 +80,23 @@ def test_a_driver_that_lost_its_run_commits_nothing(tmp_path: Path) -> None:
     with pytest.raises(LeaseLost, match="taken over"):
         LeasedJournal(journal, Lost()).commit("u0", {"rows": 1})  # type: ignore[arg-type]
     assert not journal.done()
+
+
+def test_learning_rates_that_are_all_zero_are_refused(settings: Settings, inputs: Path) -> None:
+    listed = [{"path": str(inputs / "model" / "checkpoint-10"), "learning_rate": 0}]
+    with pytest.raises(ValueError, match="all learning rates are 0"):
+        score(make_config(settings(checkpoints=listed)), lambda _: None)
+
+
+def test_a_neighbour_index_without_a_store_is_refused_at_once(settings: Settings) -> None:
+    config = make_config(settings(gradients={"store": False}, output={"neighbours": "ivf"}))
+    with pytest.raises(ValueError, match="output.neighbours=ivf needs rows"):
+        score(config, lambda _: None)
+
+
+def test_ctrl_c_counts_even_where_its_exception_was_lost(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_interrupts", [2])
+    with pytest.raises(KeyboardInterrupt):
+        run_job(settings(gradients=HEAD))
+    monkeypatch.setattr(command, "_interrupts", [])
+    run_job(settings(gradients=HEAD))

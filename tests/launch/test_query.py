@@ -33,7 +33,8 @@ def test_a_new_text(scored: Run) -> None:
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no question": ({"query": None}, "give either --query (a stored query) or --text (a new one)"),
     "two questions": ({"query": "1", "text": "a"}, "give either --query (a stored query) or --text (a new one)"),
-    "none asked for": ({"query": "1", "top": 0}, "--top 0 is not allowed: at least 1"),
+    "none asked for": ({"query": "1", "top": 0}, "--top 0 is not allowed: 1 to 50, which output.top_k kept"),
+    "more than are kept": ({"query": "1", "top": 51}, "--top 51 is not allowed: 1 to 50"),
     "no such row": ({"query": "5"}, "query '5' is not there: rows 0 to 4, or source:ID"),
     "negative": ({"query": "-1"}, "query '-1' is not there: rows 0 to 4, or source:ID"),
     "no number": ({"query": "first"}, "query 'first' is not there: rows 0 to 4, or source:ID"),

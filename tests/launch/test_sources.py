@@ -5,7 +5,16 @@ import pytest
 from actors.context import make_task
 from actors.specs import StageMismatch
 from launch.config import make_config
-from launch.sources import cache_folder, content, holds_rows, ingest_set, model_spec, record_identity, same_model
+from launch.sources import (
+    cache_folder,
+    content,
+    holds_rows,
+    ingest_set,
+    model_spec,
+    record_identity,
+    refuse_reserved,
+    same_model,
+)
 from storage.corpus import Corpus
 from storage.locations import Location
 from tests.end_to_end.conftest import Settings, write_texts
@@ -38,7 +47,7 @@ def test_a_run_is_about_one_thing_from_its_first_row_on(settings: Settings, tmp_
     record_identity(run, model, folders[0], short)  # nothing rests on the first one yet
     assert run.read_json("manifest.json")["max_tokens"] == 16
     assert not holds_rows(run, "corpus")
-    ingest_set(run, "train", config.corpus, short, folders[0], quiet)
+    ingest_set(run, "train", config.corpus, short, "text-classification", folders[0], quiet)
     assert holds_rows(run, "corpus")
     record_identity(run, model, folders[0], short)
     with pytest.raises(StageMismatch, match="was made with max_tokens=16, this job has 512. Use another run"):
@@ -52,14 +61,14 @@ def test_a_source_may_change_until_a_row_of_it_is_kept(settings: Settings, tmp_p
     task = make_task(model, folders[0], cache_folder())
     (tmp_path / "a.jsonl").write_text('{"text": "a film"}\n')
     with pytest.raises(ValueError, match="line 1: field 'label' is missing"):
-        ingest_set(run, "train", config.corpus, task, folders[0], quiet)
+        ingest_set(run, "train", config.corpus, task, "text-classification", folders[0], quiet)
     for count in (3, 3):
         write_texts(tmp_path / "a.jsonl", count)
-        ingest_set(run, "train", config.corpus, task, folders[0], quiet)
+        ingest_set(run, "train", config.corpus, task, "text-classification", folders[0], quiet)
     assert Corpus.open(run, "train").rows == 3
     write_texts(tmp_path / "a.jsonl", 4)
     with pytest.raises(StageMismatch, match="corpus 'train' of run .* was made with content="):
-        ingest_set(run, "train", config.corpus, task, folders[0], quiet)
+        ingest_set(run, "train", config.corpus, task, "text-classification", folders[0], quiet)
 
 
 def test_content_sees_names_sizes_and_ends(tmp_path: Path) -> None:
@@ -71,9 +80,31 @@ def test_content_sees_names_sizes_and_ends(tmp_path: Path) -> None:
 
 
 def test_another_runs_weights_are_compared(settings: Settings, tmp_path: Path) -> None:
-    home = Location(str(tmp_path / "home"))
+    home, run = Location(str(tmp_path / "home")), Location(str(tmp_path / "here"))
     model, folders = model_spec(make_config(settings()), quiet)
+    task = make_task(model, folders[0], cache_folder())
+    record_identity(run, model, folders[0], task)
+    with pytest.raises(ValueError, match="holds no run"):
+        same_model(home, run, model)
+    record_identity(home, model, folders[0], task)
+    same_model(home, run, model)
+    home.create_json("stages/collect-train.json", {"model": {"compute": "bfloat16", "attention": "sdpa"}})
+    with pytest.raises(
+        ValueError, match="gradients.compute='float32' is not allowed: the rows of run.store=.* 'bfloat16'"
+    ):
+        same_model(home, run, model)
+    home.delete("stages/collect-train.json")
+    home.delete("checkpoints/checkpoint-10.json")
     with pytest.raises(ValueError, match="has no rows of checkpoint checkpoint-10 as it is here: fingerprint none"):
-        same_model(home, model)
-    record_identity(home, model, folders[0], make_task(model, folders[0], cache_folder()))
-    same_model(home, model)
+        same_model(home, run, model)
+    home.delete("manifest.json")
+    home.create_json("manifest.json", run.read_json("manifest.json") | {"max_tokens": 9})
+    with pytest.raises(ValueError, match="is about something else: max_tokens is 9 there"):
+        same_model(home, run, model)
+
+
+@pytest.mark.parametrize("field", ["length", "chunk", "doc_id", "source_id"])
+def test_a_field_that_a_users_task_would_find_replaced_is_refused(field: str) -> None:
+    refuse_reserved({"id": 3, "text": "a"})
+    with pytest.raises(ValueError, match=f"field '{field}' is a column of every corpus"):
+        refuse_reserved({field: 3})

@@ -67,16 +67,22 @@ def test_an_explicit_list(tmp_path: Path) -> None:
     found = find_checkpoints(given)
     assert [(r.path.uri, r.step, r.learning_rate, r.how) for r in found] == [(a, 3, 0.1, "given"), (b, 7, 0.2, "given")]
     assert len({r.name for r in found}) == 2
-    found = find_checkpoints([b, c, a], learning_rates=1)
+    found = find_checkpoints([b, c, a], learning_rate=1.0)
     assert [(r.path.uri, r.step, r.learning_rate) for r in found] == [(b, 0, 1.0), (c, 1, 1.0), (a, 2, 1.0)]
 
 
-def test_given_learning_rates_win(tmp_path: Path) -> None:
-    folder = str(trainer_output(tmp_path / "out", [10, 20], HISTORY))
-    found = find_checkpoints(folder, [3.0, 4.0])
-    assert [(r.learning_rate, r.how) for r in found] == [(3.0, "given"), (4.0, "given")]
-    with pytest.raises(ValueError, match="checkpoints.learning_rate has 3 values, there are 2 checkpoints"):
-        find_checkpoints(folder, [1, 2, 3])
+def test_a_given_learning_rate_fills_in_what_is_not_known(tmp_path: Path) -> None:
+    logged = str(trainer_output(tmp_path / "out", [10, 20], HISTORY))
+    assert find_checkpoints(logged, 3.0) == find_checkpoints(logged)
+    a, b = (str(model(tmp_path / name)) for name in "ab")
+    found = find_checkpoints([{"path": a, "learning_rate": 0.1}, b], 3.0)
+    assert [(r.learning_rate, r.how) for r in found] == [(0.1, "given"), (3.0, "given")]
+
+
+def test_a_list_without_all_steps_keeps_its_order(tmp_path: Path) -> None:
+    first, last = str(model(tmp_path / "checkpoint-10")), str(model(tmp_path / "final"))
+    found = find_checkpoints([first, last], 1.0)
+    assert [(r.path.uri, r.step) for r in found] == [(first, 0), (last, 1)]
 
 
 def test_unknown_learning_rates_are_asked_for(tmp_path: Path) -> None:
