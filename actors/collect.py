@@ -21,17 +21,15 @@ from engine.tasks.contract import Task
 from storage.gradients import DONE, QUARANTINED, RowBlock
 from storage.locations import to_json
 
-COVERAGE_WARNING = 0.95
-
 
 def inspect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
     """Write what the other stages need to know of the model: chosen parameters, layout, coverage."""
     model: ModelSpec = settings["model"]
     last = model.checkpoints[-1].name
     network = context.model(model, last)
-    moved = _moved(context, model)
+    moved = _moved(context, model, network)
     patterns = (moved or ["*"]) if settings["modules"] == "changed" else settings["modules"]
-    parameters = _select(network, list(patterns))
+    parameters = select_parameters(network, patterns)
     projection = settings["projection"]
     layout = row_layout(parameters, projection) if settings["stored"] else None
     report = None
@@ -57,23 +55,13 @@ def inspect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     return Receipt(unit.key, bytes=len(found), objects=[asdict(written)])
 
 
-def _moved(context: WorkerContext, model: ModelSpec) -> list[str]:
+def _moved(context: WorkerContext, model: ModelSpec, network: nn.Module) -> list[str]:
     """Return the parameters that differ between the first and the last checkpoint; none if there is only one."""
     if len(model.checkpoints) < 2:
         return []
     first, last = (read_state(context.folder(model, model.checkpoints[i].name)) for i in (0, -1))
-    return changed_parameters(first, last)
-
-
-def _select(network: nn.Module, patterns: list[str]) -> list:
-    """Return the chosen parameters; names in a state dict that are no parameters (buffers) are passed over."""
-    names = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    known = [p for p in patterns if p in names or any(c in p for c in "*?[") or not _in_state(network, p)]
-    return select_parameters(network, known)
-
-
-def _in_state(network: nn.Module, name: str) -> bool:
-    return name in network.state_dict()
+    buffers = {name for name, _ in network.named_buffers()}
+    return [name for name in changed_parameters(first, last) if name not in buffers]
 
 
 def collect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:

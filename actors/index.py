@@ -14,9 +14,9 @@ from storage.corpus import Corpus
 from storage.gradients import QUARANTINED
 from storage.index import SIDES, write_index
 from storage.locations import Location
+from storage.segments import ROW_GROUP
 
 SNIPPET = 300  # characters
-GROUP_ROWS = 4096  # rows of a row group of the corpus
 _TABLE_ROWS = 16_384
 _BRIEF = [("source_id", pa.string()), ("label", pa.string()), ("snippet", pa.string())]
 _BY_QUERY = pa.schema(
@@ -124,8 +124,8 @@ def find_briefs(corpus: Corpus, ids: np.ndarray, fields: Fields) -> dict[int, di
     found: dict[int, dict[str, Any]] = {}
     for segment in corpus.segments:
         inside = ids[(ids >= segment.base) & (ids < segment.base + segment.rows)] - segment.base
-        for group in np.unique(inside // GROUP_ROWS):
-            here = inside[inside // GROUP_ROWS == group]
+        for group in np.unique(inside // ROW_GROUP):
+            here = inside[inside // ROW_GROUP == group]
             first = int(here[0])
             records = corpus.read(segment, first, int(here[-1]) + 1)
             found |= {segment.base + int(i): brief(records[int(i) - first], fields) for i in here}

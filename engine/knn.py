@@ -54,6 +54,10 @@ def _add(index: Any, waiting: list[tuple[np.ndarray, np.ndarray]]) -> None:
     waiting.clear()
     if not np.isfinite(vectors).all():
         raise ValueError("vectors for the neighbour index hold NaN or infinity: leave quarantined rows out")
+    largest = float(np.abs(vectors).max(initial=0.0))
+    half = type(faiss_module().downcast_index(index.index)).__name__ == "IndexScalarQuantizer"
+    if half and largest > float(np.finfo(np.float16).max):
+        raise ValueError(f"output.neighbours=sqfp16 cannot hold {largest:.3g} in half precision: use ivf or exact")
     if not index.is_trained:
         index.index.train(vectors)
         index.is_trained = True

@@ -10,7 +10,7 @@ cast, so it is equal on every worker, device and dtype. All are unbiased: E⟨Pa
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -139,8 +139,3 @@ def _concatenated(parameters: list[Parameter], k: int) -> RowLayout:
 
 def _aligned(column: int) -> int:
     return -(-column // _ALIGN) * _ALIGN
-
-
-def layout_record(layout: RowLayout) -> list[dict[str, Any]]:
-    """Return the ranges as plain records for the store's attributes."""
-    return [vars(r) | {} for r in layout.ranges]

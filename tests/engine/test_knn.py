@@ -63,3 +63,10 @@ def test_nan_and_unknown_kinds_are_refused():
 
 def test_recall_counts_the_exact_ids_found():
     assert recall(np.array([[1, 2], [5, 6]]), np.array([[2, 3], [6, 5]])) == 0.75
+
+
+def test_rows_too_large_for_half_precision_are_refused() -> None:
+    vectors = np.full((50, 4), 1e5, dtype=np.float32)
+    with pytest.raises(ValueError, match="output.neighbours=sqfp16 cannot hold 1e\\+05"):
+        build_neighbours("sqfp16", [(np.arange(50), vectors)], 50, 4)
+    build_neighbours("ivf", [(np.arange(50), vectors)], 50, 4)

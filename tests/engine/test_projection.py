@@ -12,7 +12,6 @@ from engine.projection import (
     MAX_DENSE,
     Projection,
     dense_matrix,
-    layout_record,
     matrix,
     row_layout,
     side_matrix,
@@ -191,7 +190,6 @@ def test_two_sided_layout_puts_matrices_on_chunk_boundaries_and_vectors_together
     }  # fmt: skip
     assert layout.arrays == {"rows": 532}
     assert layout.of("b").rows == layout.of("b").columns == 16
-    assert layout_record(layout)[0]["parameter"] == "a"
 
 
 def test_unprojected_layout_has_an_array_a_parameter():
