@@ -142,7 +142,7 @@ class Corpus:
         kept = self._groups.get(segment.name)  # batches of one shard come from the same row group again and again
         if kept is None or kept[0] != group:
             try:
-                kept = (group, self._file(segment).read_row_group(group))
+                kept = (group, self._file(segment).read_row_group(group, use_threads=False))
             except pa.ArrowException as error:
                 raise OSError(f"{self.run.uri}: rows of segment {segment.name} are damaged: {error}.") from error
             self._groups[segment.name] = kept

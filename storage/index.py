@@ -74,8 +74,20 @@ class ScoreIndex:
             yield from pq.ParquetFile(file).iter_batches(columns=columns)
 
     def _where(self, name: str, column: str, value: int) -> pa.Table:
+        """Return the rows with this value, read from the row groups whose range holds it.
+
+        In this thread alone: a background read that outlives the process's main thread would abort it.
+        """
         with self.run.open(f"index/{self.label}/{name}.parquet") as file:
-            return pq.read_table(file, filters=[(column, "==", value)])
+            parquet = pq.ParquetFile(file)
+            place = parquet.schema_arrow.get_field_index(column)
+            groups = []
+            for group in range(parquet.num_row_groups):
+                found = parquet.metadata.row_group(group).column(place).statistics
+                if found is None or not found.has_min_max or found.min <= value <= found.max:
+                    groups.append(group)
+            rows = parquet.read_row_groups(groups, use_threads=False)
+        return rows.filter(pc.equal(rows[column], value))
 
     def _last_query(self) -> int:
         last = -1
