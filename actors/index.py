@@ -100,6 +100,8 @@ def by_query(top: TopK, train: Corpus, queries: Corpus, fields: Fields) -> Itera
                 for rank, (example, score) in enumerate(
                     zip(top.ids[side, query], top.scores[side, query], strict=True)
                 ):
+                    if not belongs(name, score):
+                        continue
                     place = {"query": query, "query_source_id": asked[query]["source_id"], "side": name, "rank": rank}
                     rows.append(place | {"id": int(example), "score": float(score), **briefs[int(example)]})
         yield pa.Table.from_pylist(rows, schema=_BY_QUERY)
@@ -117,6 +119,11 @@ def by_example(job: IndexJob, train: Corpus) -> Iterator[pa.Table]:
         briefs = [brief(record, job.fields) for record in records]
         columns |= {name: [b[name] for b in briefs] for name in ("source_id", "label", "snippet")}
         yield pa.Table.from_pydict(columns, schema=_BY_EXAMPLE)
+
+
+def belongs(side: str, score: float) -> bool:
+    """Tell whether the score's sign is that of the side: a proponent's is positive, an opponent's negative."""
+    return score > 0 if side == "proponent" else score < 0
 
 
 def find_briefs(corpus: Corpus, ids: np.ndarray, fields: Fields) -> dict[int, dict[str, Any]]:

@@ -60,7 +60,6 @@ def run_stage(
     limits: Limits | None = None,
     clock: Callable[[], float] = time.monotonic,
     poll_seconds: float = 1.0,  # the longest wait for news
-    interrupted: Callable[[], bool] = bool,  # asked after every wait; true ends the stage as Ctrl-C does
 ) -> StageReport:
     """Run every unit that has no done-record yet, and commit each one's receipt once.
 
@@ -83,8 +82,6 @@ def run_stage(
             if schedule.finished:
                 break
             news = pool.wait(poll_seconds)
-            if interrupted():
-                raise KeyboardInterrupt
         finished = True
     finally:
         for worker in schedule.busy:

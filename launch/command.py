@@ -1,26 +1,7 @@
 """What a command does before anything else."""
 
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
-
-_interrupts: list[int] = []
-
-
-def remember_interrupts() -> None:
-    """Keep in mind that Ctrl-C came: Python drops the exception where it strikes inside a callback of a library."""
-
-    def note(number: int, frame: FrameType | None) -> None:
-        _interrupts.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-
-
-def interrupted() -> bool:
-    """Tell whether Ctrl-C came, so that a loop can end even if nothing was raised in it."""
-    return bool(_interrupts)
 
 
 def find_modules_here() -> None:

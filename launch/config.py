@@ -253,7 +253,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         below = here.get(key)
         if isinstance(below, str | list) and here is data:
             section = Config.model_fields.get(key)
-            shorthand = getattr(section.annotation, "shorthand", None) if section else None
+            kind = section_in(section.annotation) if section else None
+            shorthand = kind.shorthand if kind else None
             below = {shorthand: below} if shorthand else None
         here[key] = below if isinstance(below, dict) else {}
         here = here[key]

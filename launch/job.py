@@ -26,7 +26,6 @@ from engine.knn import faiss_module
 from engine.methods.contract import Method, load_method
 from engine.projection import Projection
 from engine.tasks.contract import Task
-from launch.command import interrupted
 from launch.config import Config
 from launch.paths import refuse_relative_paths, refuse_unseen_paths
 from launch.sources import TRAIN, cache_folder, ingest_set, model_spec, record_identity, same_model
@@ -72,7 +71,7 @@ class Job:
         limits = Limits(max_bad_fraction=self.config.cluster.max_bad_fraction)
         journal = LeasedJournal(Journal(self.run, name), self.lease)
         stage = Stage(name, function, settings | {"claim": Claim(name, self.lease.number)}, units)
-        report = run_stage(self.pool, stage, journal, self.progress, self.events, limits, interrupted=interrupted)
+        report = run_stage(self.pool, stage, journal, self.progress, self.events, limits)
         self.reports.append(report)
 
 

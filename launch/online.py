@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from actors.context import CheckpointSource, WorkerContext
-from actors.index import Fields, find_briefs
+from actors.index import Fields, belongs, find_briefs
 from actors.neighbours import search_neighbours
 from actors.plan import shards
 from actors.prepare import query_batches, refuse_nonfinite
@@ -17,6 +17,7 @@ from engine.methods.contract import Method, QueryState
 from engine.tasks.contract import encode, predict
 from engine.topk import TopK, merge
 from storage.corpus import Corpus
+from storage.index import SIDES
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ def score_records(setting: Setting, records: list[dict[str, Any]], k: int, kind:
         run, ordered = setting.context.run, list(states.values())
         top = search_neighbours(run, setting.score.label, kind, setting.method, ordered, k)
     return [
-        Answer(record, *(found(corpus, top.ids[side, i], top.scores[side, i], setting.fields) for side in (0, 1)))
+        Answer(
+            record,
+            *(found(corpus, name, top.ids[s, i], top.scores[s, i], setting.fields) for s, name in enumerate(SIDES)),
+        )
         for i, record in enumerate(records)
     ]
 
@@ -111,8 +115,8 @@ def scan(setting: Setting, corpus: Corpus, states: dict[str, QueryState], k: int
     return top
 
 
-def found(corpus: Corpus, ids: np.ndarray, scores: np.ndarray, fields: Fields) -> list[dict[str, Any]]:
+def found(corpus: Corpus, side: str, ids: np.ndarray, scores: np.ndarray, fields: Fields) -> list[dict[str, Any]]:
     """Return one side of an answer."""
-    pairs = [(int(i), float(s)) for i, s in zip(ids, scores, strict=True) if i >= 0]
+    pairs = [(int(i), float(s)) for i, s in zip(ids, scores, strict=True) if i >= 0 and belongs(side, s)]
     briefs = find_briefs(corpus, np.unique([i for i, _ in pairs]), fields)
     return [{"id": i, "score": s, **briefs[i]} for i, s in pairs]

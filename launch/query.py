@@ -37,7 +37,7 @@ def answer(
         raise ValueError(f"--top {top} is not allowed: 1 to {index.meta['top_k']}, which output.top_k kept")
     about = {"method": index.meta["method"], "score_unit": index.meta["score_unit"], "scores": index.label}
     if text is not None:
-        found = run.score([text], None if label is None else [label], top, scores, exact)[0]
+        found = run.score([text], None if label in (None, "predicted") else [label], top, scores, exact)[0]
         return {"query": shown({"id": None, **found.query}), **about, **sides(found)}
     row = run.query_row(str(query), index)
     record = Corpus.open(run.location, index.meta["queries"]).row(row)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from launch.command import find_modules_here, remember_interrupts
+from launch.command import find_modules_here
 from launch.config import describe_config, load_config
 from launch.job import score
 from launch.messages import plain_errors
@@ -26,7 +26,6 @@ def main(
 ) -> None:
     """Score the corpus of CONFIG and write the index."""
     find_modules_here()
-    remember_interrupts()
     with plain_errors():
         if config is None:
             raise ValueError("CONFIG is missing: name a YAML file. `--help` prints every section and field.")

@@ -169,7 +169,7 @@ class GradientStore:
         if not allow_missing and (state == MISSING).any():
             first = (start + int(np.argmax(state == MISSING))) // shard_rows * shard_rows
             shard = f"rows {first}:{min(first + shard_rows, rows)} of {location.uri}"
-            raise MissingRows(f"{shard} are missing. Run the collect stage again to make them.")
+            raise MissingRows(f"{shard} are missing. Restore them, or score into another run.")
         store = LocationStore(location, metadata, allow_missing)
         scales = _read(store, "row_scale", start, stop) if self.settings.dtype == "float16" else None
         names = self.settings.arrays if arrays is None else arrays
@@ -187,7 +187,7 @@ class GradientStore:
         """Return (rows, shard rows, metadata) of a group; metadata follows from the first two."""
         if group not in self._groups:
             if not self.run.exists(f"{group}/zarr.json"):
-                raise MissingRows(f"{self.run.uri}/{group} is missing. Run the collect stage to make it.")
+                raise MissingRows(f"{self.run.uri}/{group} is missing. Restore it, or score into another run.")
             stored = self.run.read_json(f"{group}/zarr.json")["attributes"]
             metadata = self._metadata(stored["rows"], stored["shard_rows"])
             self._groups[group] = (stored["rows"], stored["shard_rows"], metadata)
@@ -264,7 +264,7 @@ def _read(store: LocationStore, name: str, start: int, stop: int) -> np.ndarray:
     except (ValueError, RuntimeError) as error:
         raise DamagedRows(
             f"{name} rows {start}:{stop} of {store.location.uri} are damaged: {error}. "
-            "Run status with --verify to find the objects, then collect again."
+            "Restore them, or score into another run."
         ) from error
 
 

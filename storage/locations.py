@@ -125,16 +125,17 @@ class Location:
         holder of the run's lease uses it.
         """
         address = self._writable(key)
-        handle, name = tempfile.mkstemp(suffix=local.PARTIAL, dir=self._backend.staging_folder(address))
+        folder = self._backend.staging_folder(address) or Path(tempfile.gettempdir())
+        name = folder / f"{secrets.token_hex(8)}{local.PARTIAL}"  # not mkstemp, whose files nobody else may read
         try:
-            with local.named_errors(address), os.fdopen(handle, "wb") as file:
+            with local.named_errors(address), name.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            if self.exists(key) or not self._backend.upload(address, Path(name)):
+            if self.exists(key) or not self._backend.upload(address, name):
                 raise ObjectConflict(f"{address} is already there. Use another run, or delete it first.")
         finally:
-            Path(name).unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
 
     def replace(self, key: str, data: bytes) -> None:
         """Write an object over whatever is there. Only leases and pointers may change."""

@@ -153,7 +153,7 @@ class LocationStore(Store):
             if self.allow_missing:
                 return None
             raise MissingRows(
-                f"{self.location.uri}/{key} is missing though its rows were written. Run the collect stage again."
+                f"{self.location.uri}/{key} is missing though its rows were written. Restore it, or score into another run."
             ) from error
         raise TypeError(f"unknown byte range {byte_range!r}")
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from storage.local import PARTIAL
 from tests.end_to_end import gated
 from tests.end_to_end.conftest import tiny_job
 
@@ -96,12 +98,17 @@ class Folder:
             process = subprocess.Popen(
                 [sys.executable, SCORE, "job.yaml"], cwd=self.path, env=environment(), stdout=file,
                 stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=heed_interrupts,
             )  # fmt: skip
         return Driver(process, output)
 
     def collected(self) -> dict[str, bytes]:
         """Return the done-records of collect."""
-        return {str(p.relative_to(self.run)): p.read_bytes() for p in self.run.glob("journal/collect-train/*/done.*")}
+        return {
+            str(p.relative_to(self.run)): p.read_bytes()
+            for p in self.run.glob("journal/collect-train/*/done.*")
+            if p.suffix != PARTIAL
+        }
 
 
 @dataclass
@@ -119,6 +126,11 @@ class Driver:
         """Return exit status and everything printed."""
         status = self.process.wait(seconds)
         return status, self.output.read_text()
+
+
+def heed_interrupts() -> None:
+    """Undo an ignored SIGINT, which a background job hands down to all it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_port() -> int:

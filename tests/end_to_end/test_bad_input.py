@@ -52,7 +52,7 @@ def test_a_bad_line_is_named_and_the_mended_file_goes_on(
     message = told(config)
     assert all(part in message for part in parts), message
     write_lines(file, good(0), good(1), good(2))
-    assert len(run_job(config).top(0, k=2)) == 4
+    assert len(run_job(config).top(0, k=2)) == (3 if where == "corpus" else 4)  # three rows, on one side each
 
 
 @pytest.mark.parametrize("where", ["corpus", "queries"])
@@ -193,7 +193,7 @@ def test_all_rows_may_be_bad_if_the_user_says_so(settings: Settings, tmp_path: P
         queries={"path": str(write_lines(tmp_path / "asked.jsonl", good(1)))},
         cluster={"max_bad_fraction": 1},
     )
-    assert run_job(config).top(0, k=50).column("id").to_pylist() == [20, 20]
+    assert run_job(config).top(0, k=50).column("id").to_pylist() == [20]
 
 
 def test_a_query_that_is_not_finite_is_named(settings: Settings, told: Told, tmp_path: Path, broken_word: Path) -> None:

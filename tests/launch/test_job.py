@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 
 from actors.run_stage import StageStopped
-from launch import command
 from launch.config import make_config
 from launch.job import LeasedJournal, score
 from launch.run import Run
@@ -92,11 +91,3 @@ def test_a_neighbour_index_without_a_store_is_refused_at_once(settings: Settings
     config = make_config(settings(gradients={"store": False}, output={"neighbours": "ivf"}))
     with pytest.raises(ValueError, match="output.neighbours=ivf needs rows"):
         score(config, lambda _: None)
-
-
-def test_ctrl_c_counts_even_where_its_exception_was_lost(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_interrupts", [2])
-    with pytest.raises(KeyboardInterrupt):
-        run_job(settings(gradients=HEAD))
-    monkeypatch.setattr(command, "_interrupts", [])
-    run_job(settings(gradients=HEAD))
