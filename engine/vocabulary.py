@@ -1,0 +1,115 @@
+"""A language model's cross-entropy without the logits of a whole batch.
+
+[tokens, vocabulary] is by far the largest tensor of a language model's pass. While per-example gradients are taken, the
+loss, the gradient that goes on to the hidden states, and what is wanted of the head's own gradient are computed from some
+examples' logits at a time, which stay in the cache. Everywhere else, and for heads that do more than one Linear, the
+model's own logits are used.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.tasks.text import IGNORED, wide
+
+_LOGITS = 1 << 22  # numbers of logits held at a time
+
+
+class HeadGradients(Protocol):
+    """Who takes per-example gradients in this pass, and so what is wanted of the head's."""
+
+    def fuses(self, head: nn.Linear, same: Callable[[], bool]) -> bool: ...  # same(): the head makes the model's logits
+    def reduce_head(self, head: nn.Linear, delta: Tensor) -> tuple[Tensor, Tensor] | None: ...  # projected, gram
+    def add_head(self, head: nn.Linear, hidden: Tensor, reduced: tuple[Tensor, Tensor]) -> None: ...
+
+
+_TAKING: ContextVar[HeadGradients | None] = ContextVar("_TAKING", default=None)
+
+
+@contextmanager
+def taking(gradients: HeadGradients) -> Iterator[None]:
+    """Let the passes inside fuse the head."""
+    token = _TAKING.set(gradients)
+    try:
+        yield
+    finally:
+        _TAKING.reset(token)
+
+
+def token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Return [B, T]: −log p of every label given the logits at its place; 0 where the label is IGNORED.
+
+    float32, or float64 of a model in float64.
+    """
+    gradients, head = _TAKING.get(), _plain_head(model)
+    if gradients is None or head is None or not gradients.fuses(head, lambda: _makes_the_logits(model, head, inputs)):
+        logits = wide(model(**inputs).logits)
+        return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    hidden = model.base_model(**inputs)[0]  # type: ignore[operator]
+    if not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()  # only the head is looked at
+    return _FusedHead.apply(hidden, head, labels, gradients)
+
+
+def _plain_head(model: nn.Module) -> nn.Linear | None:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
+    return head if type(head) is nn.Linear and getattr(model, "base_model", model) is not model else None
+
+
+def _makes_the_logits(model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor]) -> bool:
+    """Tell whether the logits are the head's output on the last hidden state, with nothing done to either."""
+    first = {name: tensor[:1] for name, tensor in inputs.items()}
+    with torch.no_grad():
+        hidden = model.base_model(**first)[0]  # type: ignore[operator]
+        if hidden.shape[-1] != head.in_features:
+            return False
+        own, direct = model(**first).logits, head(hidden)
+    return own.shape == direct.shape and torch.allclose(own, direct, rtol=1e-4, atol=1e-5)
+
+
+class _FusedHead(torch.autograd.Function):
+    """Losses forward, with everything that the backward pass needs made on the way and the logits dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: nn.Linear, labels: Tensor, gradients: HeadGradients) -> Tensor:
+        losses, toward_hidden, reduced = [], [], []
+        step = max(1, _LOGITS // (labels.shape[1] * head.out_features))
+        for begin in range(0, len(labels), step):
+            some = slice(begin, begin + step)
+            each, delta = _loss_and_gradient(F.linear(hidden[some], head.weight, head.bias), labels[some])
+            losses.append(each)
+            toward_hidden.append(delta @ head.weight)
+            reduced.append(gradients.reduce_head(head, delta))
+        ctx.head, ctx.gradients = head, gradients
+        ctx.reduced = None if reduced[0] is None else [torch.cat(parts) for parts in zip(*reduced, strict=True)]
+        ctx.save_for_backward(hidden, torch.cat(toward_hidden))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        hidden, toward_hidden = ctx.saved_tensors
+        if ctx.reduced is not None:
+            projected, gram = ctx.reduced
+            each = weight.unsqueeze(-1)
+            gram = gram * each * each.transpose(1, 2) if gram.numel() else gram
+            ctx.gradients.add_head(ctx.head, hidden.detach(), (projected * each, gram))
+        return toward_hidden * weight.unsqueeze(-1).to(toward_hidden.dtype), None, None, None
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return losses [B, T] and softmax − one-hot, [B, T, V], in the logits' precision; both 0 where ignored."""
+    dtype, logits = logits.dtype, wide(logits)
+    counted = labels != IGNORED
+    target = labels.clamp(min=0).unsqueeze(-1)
+    total = logits.logsumexp(-1, keepdim=True)
+    losses = (total - logits.gather(-1, target)).squeeze(-1) * counted
+    delta = logits.sub_(total).exp_()
+    delta.scatter_add_(-1, target, -torch.ones_like(total))
+    delta *= counted.unsqueeze(-1)
+    return losses, delta.to(dtype)
