@@ -24,8 +24,15 @@ class Batch:
         return len(self.ids)
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        """Return the batch on a device; to a GPU it is copied from pinned memory, so that nobody waits for the copy."""
+        if device.type == "cpu":
+            return Batch(self.ids, {name: tensor.to(device) for name, tensor in self.tensors.items()})
+        moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in self.tensors.items()}
         return Batch(self.ids, moved)
+
+    def take(self, positions: list[int]) -> "Batch":
+        """Return these examples, padded as they are."""
+        return Batch(self.ids[positions], {name: tensor[positions] for name, tensor in self.tensors.items()})
 
 
 def plan_batches(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:

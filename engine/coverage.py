@@ -26,6 +26,7 @@ class Coverage:
     share: float  # carried by the captured parameters
     missing: tuple[tuple[str, float], ...]  # the largest others, with their shares
     examples: int
+    silent: tuple[str, ...] = ()  # captured parameters whose gradient is zero on every sampled example
 
 
 def measure_coverage(
@@ -50,10 +51,19 @@ def measure_coverage(
     _refuse_missed_uses(hooked, squares)
     whole = sum(squares.values())
     if whole == 0:
-        return Coverage(1.0, (), len(finite))
+        return Coverage(1.0, (), len(finite), tuple(hooked))
     others = sorted(((s / whole, n) for n, s in squares.items() if n not in captured and s > 0), reverse=True)
     share = sum(s for n, s in squares.items() if n in captured) / whole
-    return Coverage(share, tuple((n, s) for s, n in others[:5]), len(finite))
+    silent = tuple(name for name, square in hooked.items() if square == 0)
+    return Coverage(share, tuple((n, s) for s, n in others[:5]), len(finite), silent)
+
+
+def why_alone(
+    model: nn.Module, parameters: list[Parameter], loss: Callable[[nn.Module, Batch], Tensor], batch: Batch
+) -> str | None:
+    """Return why the examples of a batch have to be run one at a time, None if they may share it."""
+    with PerExampleGradients(model, parameters, Whole(parameters, stored=False)) as gradients:
+        return gradients.why_alone(loss, batch) if len(batch) > 1 else None
 
 
 def _summed(parts: Sequence[dict[str, float]]) -> dict[str, float]:

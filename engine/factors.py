@@ -4,6 +4,7 @@ A factor is dense, or a list of indices that stand for one-hot vectors (the voca
 ‖G‖² = Σ_{t,s} (a_t·a_s)(b_t·b_s), TracIn appendix F extended to sequences, or G itself where that is cheaper.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +65,11 @@ def gram(a: Factor, b: Factor) -> Tensor:
 
 def squared_norm(calls: list[tuple[Factor, Factor]]) -> Tensor:
     """Return [B]: ‖Σ over calls of Σ_t a_t b_tᵀ‖², cross terms between the calls included. Exact."""
-    if len(calls) == 1 and _cheaper_materialised(*calls[0]):
-        return _materialised_norm(*calls[0])
+    if len({(a.one_hot, b.one_hot) for a, b in calls}) == 1:  # calls of one kind are one call with the tokens of all
+        tokens = sum(a.values.shape[1] for a, _ in calls)
+        if _cheaper_materialised(*calls[0], tokens):
+            a, b = calls[0] if len(calls) == 1 else (side_by_side(side) for side in zip(*calls, strict=True))
+            return _materialised_norm(a, b)
     total = torch.zeros(len(calls[0][0].values), device=calls[0][0].values.device, dtype=torch.float64)
     for i, (a, b) in enumerate(calls):
         for j, (c, d) in enumerate(calls[: i + 1]):
@@ -74,13 +78,20 @@ def squared_norm(calls: list[tuple[Factor, Factor]]) -> Tensor:
     return total
 
 
+def side_by_side(factors: Sequence[Factor]) -> Factor:
+    """Return one factor with the tokens of all."""
+    return Factor(torch.cat([factor.values for factor in factors], 1), factors[0].one_hot)
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _cheaper_materialised(a: Factor, b: Factor) -> bool:
-    """Tell whether T·O·I multiplications are fewer than T²·(O + I)."""
-    return not a.one_hot and not b.one_hot and a.width * b.width < a.values.shape[1] * (a.width + b.width)
+def _cheaper_materialised(a: Factor, b: Factor, tokens: int) -> bool:
+    """Tell whether T·O·I multiplications are fewer than T²·(O + I); of one-hot vectors, whether all O are likely there."""
+    if a.one_hot or b.one_hot:
+        return not b.one_hot and tokens >= a.one_hot
+    return a.width * b.width < tokens * (a.width + b.width)
 
 
 def _materialised_norm(a: Factor, b: Factor) -> Tensor:
@@ -88,5 +99,6 @@ def _materialised_norm(a: Factor, b: Factor) -> Tensor:
     parts = []
     for begin in range(0, len(a.values), step):
         window = slice(begin, begin + step)
-        parts.append(gradient_vector(Factor(a.values[window]), Factor(b.values[window])).square().sum(1).double())
+        part = gradient_vector(Factor(a.values[window], a.one_hot), Factor(b.values[window]))
+        parts.append(part.square().sum(1).double())
     return torch.cat(parts)

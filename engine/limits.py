@@ -4,6 +4,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+# Models that count positions from the padding index on: one table of position vectors, whose first padding_idx + 1
+# stand for no token. Model types as config.json has them.
+_AFTER_PADDING = {
+    "camembert", "data2vec-text", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class InputLimits:
@@ -34,7 +41,14 @@ class InputLimits:
 
 
 def read_limits(folder: Path) -> InputLimits:
-    """Return the limits that a model folder's config.json states."""
+    """Return the limits that a model folder's config.json states.
+
+    A model of RoBERTa's kind reads max_position_embeddings − padding_idx − 1 tokens: 512 of 514.
+    """
     file = folder / "config.json"
     config = json.loads(file.read_text()) if file.exists() else {}
-    return InputLimits(config.get("max_position_embeddings") or config.get("n_positions"), config.get("vocab_size"))
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if positions and config.get("model_type") in _AFTER_PADDING:
+        padding = config.get("pad_token_id")
+        positions -= (1 if padding is None else padding) + 1  # 1 is what their tokenizers pad with
+    return InputLimits(positions, config.get("vocab_size"))

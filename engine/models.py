@@ -4,7 +4,7 @@ Weights come from safetensors, or from torch files with weights_only=True; code 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import logging
+
+from engine.adapters import adapter_base, is_adapter, with_adapter
+from engine.attention import register
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -50,11 +53,30 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_hugging_face(folder: Path, auto_class: Any, attention: str, **settings: Any) -> nn.Module:
-    """Return a transformers model with every weight found in the folder.
+def load_hugging_face(
+    folder: Path,
+    auto_class: Any,
+    attention: str,
+    base: str | None = None,  # folder of the model that a LoRA adapter stands on, where the adapter does not say it
+    **settings: Any,
+) -> nn.Module:
+    """Return a transformers model with every weight found in the folder, or in an adapter and its base.
 
     Raises ValueError naming the weights if some are missing or have another shape: a checkpoint of another architecture.
     """
+    if is_adapter(folder):
+        model, missing, mismatched = _read_hugging_face(adapter_base(folder, base), auto_class, attention, **settings)
+        _refuse_other_architecture(folder, type(model).__name__, [], mismatched)
+        return with_adapter(model, folder, read_state(folder), missing)
+    model, missing, mismatched = _read_hugging_face(folder, auto_class, attention, **settings)
+    _refuse_other_architecture(folder, type(model).__name__, missing, mismatched)
+    return model
+
+
+def _read_hugging_face(
+    folder: Path, auto_class: Any, attention: str, **settings: Any
+) -> tuple[nn.Module, list[str], list[str]]:
+    """Return the model that a folder holds, with the names of weights that are missing or have another shape."""
     if not (folder / "config.json").exists():
         raise ValueError(
             f"{folder} has no config.json: not a Hugging Face model folder. Set task.settings.factory for a torch module."
@@ -62,14 +84,13 @@ def load_hugging_face(folder: Path, auto_class: Any, attention: str, **settings:
     try:
         with quiet_transformers():
             model, info = auto_class.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, attn_implementation=attention,
+                folder, local_files_only=True, trust_remote_code=False, attn_implementation=register(attention),
                 output_loading_info=True, ignore_mismatched_sizes=True, **settings,
             )  # fmt: skip
     except OSError as error:
         raise ValueError(f"{folder} does not load as {auto_class.__name__}: {error}") from error
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-    _refuse_other_architecture(folder, type(model).__name__, sorted(info["missing_keys"]), mismatched)
-    return model
+    return model, sorted(info["missing_keys"]), mismatched
 
 
 def start_hugging_face(folder: Path, auto_class: Any, **settings: Any) -> nn.Module:
@@ -196,22 +217,3 @@ def ready_for_scoring(model: nn.Module, device: torch.device, dtype: torch.dtype
     for weight in model.parameters():
         weight.requires_grad_(False)
     return model.to(device=device, dtype=dtype)
-
-
-def last_linear_input(model: nn.Module, call: Callable[[], Any]) -> Tensor:
-    """Return the input of the last Linear that runs during `call`: the features a linear head sees, [B, …, H]."""
-    seen: list[Tensor] = []
-
-    def remember(_: nn.Module, args: tuple, __: Tensor) -> None:
-        seen[:] = [args[0].detach()]
-
-    handles = [m.register_forward_hook(remember) for m in model.modules() if isinstance(m, nn.Linear)]
-    try:
-        with torch.inference_mode():
-            call()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not seen:
-        raise ValueError("no nn.Linear ran in the model's forward pass: this task needs its own `features`")
-    return seen[0]

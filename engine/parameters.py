@@ -1,8 +1,9 @@
 """Which parameters are looked at, and how a module uses each of them.
 
 A parameter is a weight matrix or a vector. A matrix is always read as (O, I), whatever way round its module stores it:
-Linear as stored, GPT-2's Conv1D transposed, an Embedding as (width, vocabulary). A parameter that two modules share (a
-tied head) is one parameter with two uses, in the orientation of its Linear use.
+Linear as stored, GPT-2's Conv1D transposed, an Embedding as (width, vocabulary), a convolution as (O, I·kh·kw), the fused
+weights of E experts as (E·O, I). A parameter that two modules share (a tied head) is one parameter with two uses, in the
+orientation of its Linear use.
 """
 
 import fnmatch
@@ -12,8 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
+
+from engine.convolution import CONVOLUTIONS
+from engine.norms import CHANNELS_SECOND, is_scaled_norm
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Use:
     """One module's use of a parameter."""
 
     module: str  # name in model.named_modules()
-    role: str  # linear | conv1d | embedding | embedding-transposed | bias | scale
+    role: str  # linear | conv1d | convolution | embedding | embedding-transposed | bias | scale | experts
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,16 @@ class Parameter:
         return self.in_features == 0
 
     @property
+    def is_fused(self) -> bool:
+        """Tell whether it holds several experts: its uses are no modules of their own, so no hook sees them."""
+        return any(use.role == "experts" for use in self.uses)
+
+    @property
     def size(self) -> int:
         return self.out_features * max(1, self.in_features)
 
 
-_BASES = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+_BASES = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.RMSNorm, _BatchNorm, nn.GroupNorm, *CONVOLUTIONS)
 
 
 def _role(module: nn.Module, leaf: str, weight: torch.Tensor) -> str | None:
@@ -59,15 +69,25 @@ def _role(module: nn.Module, leaf: str, weight: torch.Tensor) -> str | None:
         if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
             return None
         return {"weight": "embedding"}.get(leaf)
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight.dim() == 1:
+    if isinstance(module, CONVOLUTIONS):
+        return {"weight": "convolution", "bias": "bias"}.get(leaf)
+    if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        return None  # the statistics of the batch tie its examples together
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, *CHANNELS_SECOND)) and weight.dim() == 1:
         return {"weight": "scale", "bias": "bias"}.get(leaf)
-    return None
+    if weight.dim() and getattr(module, "num_experts", None) == len(weight):
+        return "experts"  # fused experts and their routers: one slice of the parameter for each expert
+    return "scale" if is_scaled_norm(module) else None
 
 
 def _shape(role: str, weight: torch.Tensor) -> tuple[int, int]:
     """Return (O, I) of a use; I = 0 for a vector."""
-    if role in ("bias", "scale"):
+    if weight.dim() == 1:
         return weight.shape[0], 0
+    if role == "convolution":
+        return weight.shape[0], weight[0].numel()
+    if role == "experts":
+        return weight.shape[:-1].numel(), weight.shape[-1]
     rows, columns = weight.shape
     return (rows, columns) if role == "linear" else (columns, rows)
 
@@ -79,9 +99,9 @@ def supported_parameters(model: nn.Module) -> tuple[list[Parameter], list[str]]:
     for module_name, module in model.named_modules():
         for leaf, weight in module.named_parameters(recurse=False):
             role = _role(module, leaf, weight)
-            if role is None:
+            if role is None and not _held_for_a_child(module, weight):
                 unsupported.add(id(weight))
-            else:
+            elif role is not None:
                 uses.setdefault(id(weight), []).append((Use(module_name, role), _shape(role, weight)))
     found, others = [], []
     for name, weight in model.named_parameters():
@@ -90,6 +110,11 @@ def supported_parameters(model: nn.Module) -> tuple[list[Parameter], list[str]]:
             continue
         found.append(_parameter(name, uses[id(weight)]))
     return found, others
+
+
+def _held_for_a_child(module: nn.Module, weight: torch.Tensor) -> bool:
+    """Tell whether the module names the bias of a Linear inside it once more, as BERT's prediction heads do."""
+    return any(isinstance(child, nn.Linear) and child.bias is weight for child in module.children())
 
 
 def _parameter(name: str, uses: list[tuple[Use, tuple[int, int]]]) -> Parameter:
@@ -115,6 +140,18 @@ def select_parameters(model: nn.Module, patterns: Iterable[str]) -> list[Paramet
     """
     found, unsupported = supported_parameters(model)
     by_name = {parameter.name: parameter for parameter in found}
+    chosen = matching(model, patterns)
+    skipped = sorted(chosen & set(unsupported))
+    if skipped:
+        warnings.warn(f"no per-example gradients for {', '.join(skipped[:5])} ({len(skipped)} in all)", stacklevel=2)
+    selected = [by_name[name] for name in by_name if name in chosen]
+    if not selected:
+        raise ValueError(f"none of the chosen parameters is supported: {', '.join(skipped[:5])}")
+    return selected
+
+
+def matching(model: nn.Module, patterns: Iterable[str]) -> set[str]:
+    """Return the first names of the parameters that a glob matches. Raises ValueError for one that matches nothing."""
     first_name = {id(weight): name for name, weight in model.named_parameters()}
     names = {name: first_name[id(weight)] for name, weight in model.named_parameters(remove_duplicate=False)}
     chosen: set[str] = set()
@@ -126,13 +163,7 @@ def select_parameters(model: nn.Module, patterns: Iterable[str]) -> list[Paramet
                 f"{', '.join(list(names)[-4:])}; globs such as '*.attention.*' are allowed."
             )
         chosen |= matched
-    skipped = sorted(chosen & set(unsupported))
-    if skipped:
-        warnings.warn(f"no per-example gradients for {', '.join(skipped[:5])} ({len(skipped)} in all)", stacklevel=2)
-    selected = [by_name[name] for name in by_name if name in chosen]
-    if not selected:
-        raise ValueError(f"none of the chosen parameters is supported: {', '.join(skipped[:5])}")
-    return selected
+    return chosen
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -46,11 +46,14 @@ class TwoSided:
         for p in parameters:
             left = side_matrix(projection, p.name, "output", p.out_features)
             right = None if p.is_vector else side_matrix(projection, p.name, "input", p.in_features)
-            moved = [None if side is None else side.to(device=device, dtype=dtype) for side in (left, right)]
+            moved = [_transposed(side, device, dtype) for side in (left, right)]
             self._sides[p.name] = (moved[0], moved[1])
 
     def reduce_input(self, parameter: Parameter, b: Factor) -> Factor:
         return Factor(b.project(self._sides[parameter.name][1]))
+
+    def reduce_output(self, parameter: Parameter, a: Factor) -> Factor:
+        return Factor(a.project(self._sides[parameter.name][0]))
 
     def add_matrix(self, arrays: dict[str, Tensor], parameter: Parameter, a: Factor, b: Factor) -> None:
         left, right = self._sides[parameter.name]
@@ -66,6 +69,11 @@ class TwoSided:
         out[:, here.start : here.stop] += (gradient if left is None else gradient @ left.T.to(gradient.dtype)).to(
             out.dtype
         )
+
+
+def _transposed(side: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """Return the (k, n) matrix as the transpose of a contiguous one: thin products with it are faster."""
+    return None if side is None else side.T.to(device=device, dtype=dtype).contiguous().T
 
 
 class Whole:

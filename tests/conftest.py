@@ -172,11 +172,52 @@ def every_batch() -> Batch:
     return batch
 
 
+class ToyCnn(nn.Module):
+    """Convolutions with every kind of padding, stride, dilation and groups, one called twice, and both channel norms."""
+
+    def __init__(self, channels: int = 1, classes: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, 4, 3, padding="same", padding_mode="reflect")
+        self.norm = nn.BatchNorm2d(4)
+        self.shared = nn.Conv2d(4, 4, (3, 1), padding=(1, 0), bias=False)
+        self.grouped = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(6, 6, 2, dilation=2, padding="same", groups=6, padding_mode="circular")
+        self.group_norm = nn.GroupNorm(2, 6)
+        self.line = nn.Conv1d(6, 5, 2, stride=2)
+        self.head = nn.Linear(5, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.relu(self.norm(self.first(x)), inplace=True)
+        h = torch.tanh(self.shared(h))
+        h = torch.tanh(self.shared(h[:, :, ::2]))
+        h = self.group_norm(self.depthwise(torch.tanh(self.grouped(h))))
+        return self.head(torch.tanh(self.line(h.flatten(2))).mean(2))
+
+
+def toy_cnn() -> nn.Module:
+    """Return a CNN of ten classes for tasks that build a torch module by dotted path."""
+    return ToyCnn(classes=10)
+
+
+def random_cnn() -> nn.Module:
+    model = randomise(ToyCnn())
+    model.norm.running_mean.copy_(torch.linspace(-0.2, 0.3, 4))
+    model.norm.running_var.copy_(torch.linspace(0.5, 2.0, 4))
+    return model
+
+
+def image_batch(size: int = 5) -> Batch:
+    batch = mlp_batch(size)
+    images = torch.randn(size, 1, 8, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return Batch(batch.ids, {"x": images, "y": batch["y"]})
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable, Callable[[], Batch]]] = {
     "mlp": (lambda: randomise(ToyMlp()), mlp_loss, mlp_batch),
     "bert": (tiny_bert, text_loss, token_batch),
     "gpt2": (tiny_gpt2, token_loss, token_batch),
     "every-layer": (every_layer, every_loss, every_batch),
+    "cnn": (random_cnn, mlp_loss, image_batch),
     "gpt2-square-tied": (lambda: tiny_gpt2(8, 8), token_loss, lambda: token_batch(vocabulary=8)),
 }
 
@@ -241,8 +282,10 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One local Ray for all cluster tests: four CPUs by name, whatever the machine has."""
+    import ray
+
     from actors import cluster
 
     cluster.connect("local", num_cpus=4)
     yield
-    cluster.disconnect()
+    ray.shutdown()

@@ -1,10 +1,11 @@
 """The slow exact answers: autograd loops, dense matrices, full sorts. Everything in float64, nothing from engine/ but types."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.batches import Batch
 
@@ -55,6 +56,38 @@ def trac_in_cp(
     return scores, own
 
 
+def sgd_step(model: nn.Module, loss: Callable, batch: Batch, rate: float) -> Tensor:
+    """Take one step of SGD on the batch's mean loss in place; return its per-example gradients [b, p] before the step."""
+    rows = gradients(model, loss, batch)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight -= rate * rows[name].mean(0)
+    return flat(rows)
+
+
+def every_step(
+    model: nn.Module, loss: Callable, train: Batch, query: Batch, visits: Sequence[tuple[list[int], float]]
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Train in place on the (rows, learning rate) of each visit; yield the rows, ℓ(w_t, z′) − ℓ(w_{t+1}, z′) [Q], and
+    (η/b) ∇ℓ(w_t, z)·∇ℓ(w_t, z′) [b, Q]."""
+    for rows, rate in visits:
+        batch = Batch(train.ids[rows], {name: tensor[rows] for name, tensor in train.tensors.items()})
+        before, others = loss(model, query).detach(), flat(gradients(model, loss, query))
+        own = sgd_step(model, loss, batch, rate)
+        yield rows, before - loss(model, query).detach(), rate / len(rows) * own @ others.T
+
+
+def trac_in_ideal(
+    model: nn.Module, loss: Callable, train: Batch, query: Batch, visits: Sequence[tuple[list[int], float]]
+) -> tuple[Tensor, Tensor]:
+    """Return TracInIdeal [n, Q], for steps that visit one example each, and TracIn [n, Q], its first order."""
+    ideal, first = torch.zeros(2, len(train), len(query), dtype=torch.float64)
+    for [row], fall, products in every_step(model, loss, train, query, visits):
+        ideal[row] += fall
+        first[row] += products[0]
+    return ideal, first
+
+
 def top_k(ids: np.ndarray, scores: np.ndarray, k: int) -> tuple[list, list]:
     """Return per query the k (score, id) pairs at each end: a full sort, ties by the smaller id."""
     proponents, opponents = [], []
@@ -99,3 +132,54 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     """Return ‖value − truth‖ / ‖truth‖."""
     value, truth = value.double(), truth.double()
     return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def hessian(model: nn.Module, loss: Callable, batch: Batch, names: Sequence[str]) -> Tensor:
+    """Return Σ_z ∇²ℓ_z over these weights, (p, p), each in its own shape: the gradient differentiated entry by entry."""
+    weights = [dict(model.named_parameters())[name].requires_grad_(True) for name in names]
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        gradient = torch.autograd.grad(loss(model, batch).sum(), weights, create_graph=True, materialize_grads=True)
+        return _rows(torch.cat([g.flatten() for g in gradient]), weights)
+
+
+def gauss_newton(
+    model: nn.Module, outputs: Callable, output_hessian: Callable, batch: Batch, names: Sequence[str]
+) -> Tensor:
+    """Return Σ_z J_zᵀ A_z J_z, (p, p): every output's gradient by itself, A_z by its formula from the example's outputs."""
+    weights = [dict(model.named_parameters())[name].requires_grad_(True) for name in names]
+    total = torch.zeros(0)
+    for position in range(len(batch)):
+        one = one_example(batch, position)
+        out = outputs(model, one).flatten()
+        jacobian = _rows(out, weights)
+        part = jacobian.T @ output_hessian(out.detach(), one) @ jacobian
+        total = part if position == 0 else total + part
+    return total
+
+
+def softmax_hessian(logits: Tensor) -> Tensor:
+    """Return diag(p) − ppᵀ of one softmax cross-entropy."""
+    p = torch.softmax(logits, -1)
+    return torch.diag(p) - torch.outer(p, p)
+
+
+def _rows(values: Tensor, weights: list[Tensor]) -> Tensor:
+    """Return every value's gradient as a row."""
+    rows = [torch.autograd.grad(v, weights, retain_graph=True, materialize_grads=True) for v in values]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).double()
+
+
+class MatrixOperator:
+    """The mean of given symmetric matrices [n, p, p]; their positions are the ids."""
+
+    def __init__(self, matrices: Tensor) -> None:
+        self.matrices, self.size = matrices, matrices.shape[1]
+
+    def apply(self, block: Tensor, ids: Tensor | None = None) -> Tensor:
+        return (self.matrices if ids is None else self.matrices[ids]).mean(0) @ block
+
+
+def filtered(matrix: Tensor, b: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return Q f(μ) Qᵀ b for the symmetric matrix QμQᵀ."""
+    mu, vectors = torch.linalg.eigh(matrix)
+    return vectors @ (function(mu)[:, None] * (vectors.T @ b))

@@ -56,6 +56,12 @@ class QueryState:
     chosen: tuple[int, ...]  # norm columns that the score counts: all, or a method's choice among them
     candidates: Tensor | None = None  # only these training ids are read
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of its tensors."""
+        tensors = [*self.arrays.values(), self.norms, self.losses, self.candidates]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
 
 @dataclass(frozen=True)
 class ScoreBlock:

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from engine.batches import Batch, pad
 from engine.models import load_hugging_face, start_hugging_face
-from engine.tasks.text import as_tokens, load_tokenizer, model_inputs, text_batch, text_of
-from engine.tasks.text_classification import wide
-
-_IGNORED = -100
+from engine.tasks.text import IGNORED, as_tokens, load_tokenizer, model_inputs, text_batch, text_of, tokenised
+from engine.vocabulary import token_losses
 
 
 class CausalLM:
@@ -33,6 +31,7 @@ class CausalLM:
         reduction: str = "sum",  # "sum" or "mean" over the example's tokens
         append_end: bool = True,  # the end-of-text token is predicted too
         attention: str = "sdpa",
+        base: str | None = None,  # folder of the model that a LoRA adapter was trained on; None: what the adapter says
     ) -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"task.settings.reduction={reduction!r} is not allowed: 'sum' or 'mean'")
@@ -43,11 +42,12 @@ class CausalLM:
         self.tokenizer = load_tokenizer(Path(tokenizer))
         self.text_field, self.prompt_field = text_field, prompt_field
         self.max_tokens, self.reduction, self.append_end, self.attention = max_tokens, reduction, append_end, attention
+        self.base = base
 
     def build(self, folder: Path) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        return load_hugging_face(folder, AutoModelForCausalLM, self.attention)
+        return load_hugging_face(folder, AutoModelForCausalLM, self.attention, self.base)
 
     def initialise(self, folder: Path) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -74,7 +74,7 @@ class CausalLM:
     def _tokens(self, record: dict) -> tuple[np.ndarray, np.ndarray]:
         """Return the document's token ids and which of them the loss counts."""
         if record.get("input_ids") is not None:
-            return _tokenised(record)
+            return tokenised(record)
         prompt: list[int] = []
         if self.prompt_field:
             prompt = self.tokenizer(text_of(record, self.prompt_field), verbose=False)["input_ids"]
@@ -93,29 +93,13 @@ class CausalLM:
             rows, padding if padding is not None else 0, {"counted": pad([r["counted"] for r in rows], 0)}
         )
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = wide(model(**model_inputs(batch)).logits)[:, :-1]
+    def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return [B, T]: every token's part of its example's loss, 0 where nothing is predicted."""
         counted = batch["counted"][:, 1:]
-        labels = batch["input_ids"][:, 1:].masked_fill(counted == 0, _IGNORED)
-        each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=_IGNORED)
-        total = each.sum(1)
-        return total / counted.sum(1) if self.reduction == "mean" else total
+        labels = batch["input_ids"][:, 1:].masked_fill(counted == 0, IGNORED)
+        each = token_losses(model, model_inputs(batch), F.pad(labels, (0, 1), value=IGNORED))[:, :-1]
+        each = F.pad(each, (1, 0))  # the first token is predicted from nothing
+        return each / counted.sum(1, keepdim=True) if self.reduction == "mean" else each
 
-
-def _tokenised(record: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of a record that holds them, without padding, and which of them its labels count."""
-    tokens = as_tokens(record["input_ids"])
-    found = {name: record.get(name) for name in ("labels", "attention_mask")}
-    for name, value in found.items():
-        if value is not None and len(value) != len(tokens):
-            raise ValueError(f"field {name!r} has {len(value)} entries for {len(tokens)} in 'input_ids'")
-    labels = tokens if found["labels"] is None else np.asarray(found["labels"])
-    counted = labels != _IGNORED
-    if (labels != tokens)[counted].any():
-        raise ValueError(
-            "field 'labels' is neither -100 nor the token of 'input_ids' somewhere: it must be one of them"
-        )
-    if found["attention_mask"] is not None:
-        kept = np.asarray(found["attention_mask"]) != 0
-        tokens, counted = tokens[kept], counted[kept]
-    return tokens, counted.astype(np.uint8)
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.token_losses(model, batch).sum(1)

@@ -1,17 +1,19 @@
 """What a task is: how records become batches and per-example losses.
 
-A user's own class needs `build`, `collate` and `loss`; the rest has defaults here. One convention holds everywhere:
+A user's own class needs `build`, `collate` and `loss`; the rest has defaults here, or is done without: `token_losses`,
+[B, T], which add up to the loss, let an answer say what each token contributed. One convention holds everywhere:
 losses are [B], summed over an example's tokens, never over the batch.
 """
 
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
+from engine.adapters import adapter_base, is_adapter
 from engine.batches import Batch
-from engine.models import import_path, last_linear_input
+from engine.models import import_path
+from engine.tasks.text import holds_tokenizer
 
 
 class Task(Protocol):
@@ -25,6 +27,7 @@ class Task(Protocol):
 BUILT_IN = {
     "text-classification": "engine.tasks.text_classification:TextClassification",
     "causal-lm": "engine.tasks.causal_lm:CausalLM",
+    "masked-lm": "engine.tasks.masked_lm:MaskedLM",
     "image-classification": "engine.tasks.image_classification:ImageClassification",
     "regression": "engine.tasks.regression:Regression",
 }
@@ -34,9 +37,10 @@ def with_model_folder(name: str, settings: dict[str, Any], folder: Path) -> dict
     """Return a built-in task's settings with tokenizer and class names taken from the model's own folder unless given."""
     if name not in BUILT_IN or settings.get("factory"):
         return settings
-    defaults = {"model": str(folder)}
+    base = adapter_base(folder, settings.get("base")) if is_adapter(folder) else folder
+    defaults = {"model": str(base)} | ({"base": str(base)} if base != folder else {})
     if name != "image-classification":
-        defaults["tokenizer"] = str(folder)
+        defaults["tokenizer"] = str(folder if holds_tokenizer(folder) else base)
     return defaults | settings
 
 
@@ -68,20 +72,6 @@ def measurement(task: Task, model: nn.Module, batch: Batch) -> Tensor:
     """Return what a query asks about, [B]: the loss unless the task says otherwise."""
     own = getattr(task, "measurement", None)
     return own(model, batch) if own else task.loss(model, batch)
-
-
-def features(task: Task, model: nn.Module, batch: Batch) -> Tensor:
-    """Return [B, H] features: by default the input of the last Linear, averaged over unpadded positions if it has any."""
-    own = getattr(task, "features", None)
-    if own:
-        return own(model, batch)
-    seen = last_linear_input(model, lambda: task.loss(model, batch))
-    if seen.dim() == 2:
-        return seen
-    seen, mask = seen.flatten(1, -2), batch.tensors.get("attention_mask")
-    if mask is None or mask.shape != seen.shape[:2]:
-        return seen.mean(1)
-    return torch.einsum("bth,bt->bh", seen, mask.to(seen.dtype)) / mask.sum(1, keepdim=True)
 
 
 def initialise(task: Task, folder: Path | None) -> nn.Module:

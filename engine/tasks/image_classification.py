@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from engine.batches import Batch, collate_ids
 from engine.models import build_torch, load_hugging_face, load_torch, needed, start_hugging_face
 from engine.tasks.labels import Labels
-from engine.tasks.text import targets
-from engine.tasks.text_classification import wide
+from engine.tasks.text import targets, wide
 
 
 class ImageClassification:
@@ -29,8 +28,10 @@ class ImageClassification:
         mean: tuple[float, ...] = (0.0,),
         std: tuple[float, ...] = (1.0,),
         attention: str = "sdpa",
+        base: str | None = None,  # folder of the model that a LoRA adapter was trained on; None: what the adapter says
     ) -> None:
         self.factory, self.attention = factory, attention
+        self.base = base
         self.labels = Labels(Path(model) if model else None, labels, classes)
         self.image_field, self.label_field = image_field, label_field
         self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
@@ -40,7 +41,7 @@ class ImageClassification:
             return load_torch(folder, self.factory)
         from transformers import AutoModelForImageClassification
 
-        return load_hugging_face(folder, AutoModelForImageClassification, self.attention)
+        return load_hugging_face(folder, AutoModelForImageClassification, self.attention, self.base)
 
     def initialise(self, folder: Path | None) -> nn.Module:
         if self.factory:

@@ -18,8 +18,8 @@ from engine.tasks.text import (
     targets,
     text_batch,
     text_of,
+    wide,
 )
-from engine.tasks.text_classification import wide
 
 
 class Regression:
@@ -35,6 +35,7 @@ class Regression:
         target_field: str = "target",
         max_tokens: int = 512,
         attention: str = "sdpa",
+        base: str | None = None,  # folder of the model that a LoRA adapter was trained on; None: what the adapter says
     ) -> None:
         if (factory is None) == (tokenizer is None):
             raise ValueError("task regression needs either task.settings.factory (numbers) or a tokenizer (texts)")
@@ -42,13 +43,14 @@ class Regression:
         self.tokenizer = load_tokenizer(Path(tokenizer)) if tokenizer else None
         self.text_field, self.target_field = (text_field if tokenizer else None), target_field
         self.max_tokens, self.attention = max_tokens, attention
+        self.base = base
 
     def build(self, folder: Path) -> nn.Module:
         if self.factory:
             return load_torch(folder, self.factory)
         from transformers import AutoModelForSequenceClassification
 
-        model = load_hugging_face(folder, AutoModelForSequenceClassification, self.attention, num_labels=1)
+        model = load_hugging_face(folder, AutoModelForSequenceClassification, self.attention, self.base, num_labels=1)
         return padded_alike(model, self.tokenizer)
 
     def initialise(self, folder: Path | None) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.batches import Batch, collate_ids, pad
 
+IGNORED = -100  # a label that no loss counts
 _FILES = ("tokenizer.json", "vocab.txt", "tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -18,9 +19,13 @@ def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer in a folder. Raises ValueError if there is none."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in _FILES):
+    if not holds_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer: set task.tokenizer to a folder that does")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _FILES)
 
 
 def text_of(record: dict, field: str) -> str:
@@ -68,3 +73,34 @@ def as_tokens(ids: list[int]) -> np.ndarray:
 
 def targets(rows: list[dict], dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor([row["target"] for row in rows], dtype=dtype)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Return the logits in at least float32: losses are never taken in half precision."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def wrapping(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the special tokens that the tokenizer puts before and behind every text."""
+    own, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    front = next(i for i in range(len(whole)) if whole[i : i + len(own)] == own)
+    return as_tokens(whole[:front]), as_tokens(whole[front + len(own) :])
+
+
+def tokenised(record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of a record that holds them, without padding, and which of them its labels count."""
+    tokens = as_tokens(record["input_ids"])
+    found = {name: record.get(name) for name in ("labels", "attention_mask")}
+    for name, value in found.items():
+        if value is not None and len(value) != len(tokens):
+            raise ValueError(f"field {name!r} has {len(value)} entries for {len(tokens)} in 'input_ids'")
+    labels = tokens if found["labels"] is None else np.asarray(found["labels"])
+    counted = labels != IGNORED
+    if (labels != tokens)[counted].any():
+        raise ValueError(
+            "field 'labels' is neither -100 nor the token of 'input_ids' somewhere: it must be one of them"
+        )
+    if found["attention_mask"] is not None:
+        kept = np.asarray(found["attention_mask"]) != 0
+        tokens, counted = tokens[kept], counted[kept]
+    return tokens, counted.astype(np.uint8)

@@ -19,6 +19,7 @@ from engine.tasks.text import (
     targets,
     text_batch,
     text_of,
+    wide,
 )
 
 
@@ -34,16 +35,20 @@ class TextClassification:
         labels: list[str] | None = None,  # class names in index order, where the corpus has names
         max_tokens: int = 512,
         attention: str = "sdpa",
+        base: str | None = None,  # folder of the model that a LoRA adapter was trained on; None: what the adapter says
     ) -> None:
         self.tokenizer = load_tokenizer(Path(tokenizer))
         self.labels = Labels(Path(model) if model else None, labels)
         self.text_field, self.label_field = text_field, label_field
         self.max_tokens, self.attention = max_tokens, attention
+        self.base = base
 
     def build(self, folder: Path) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
 
-        model = load_hugging_face(folder, AutoModelForSequenceClassification, self.attention, **self._classes())
+        model = load_hugging_face(
+            folder, AutoModelForSequenceClassification, self.attention, self.base, **self._classes()
+        )
         return padded_alike(model, self.tokenizer)
 
     def initialise(self, folder: Path) -> nn.Module:
@@ -73,8 +78,3 @@ class TextClassification:
     def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
         with torch.inference_mode():
             return [self.labels.name(i) for i in model(**model_inputs(batch)).logits.argmax(-1).tolist()]
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Return the logits in at least float32: losses are never taken in half precision."""
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.coverage import measure_coverage
+from engine.coverage import measure_coverage, why_alone
 from engine.parameters import select_parameters
 from tests import oracles
-from tests.conftest import mlp_batch, mlp_loss, randomise, text_loss, tiny_bert, token_batch
+from tests.conftest import ToyMlp, mlp_batch, mlp_loss, randomise, text_loss, tiny_bert, token_batch
 
 
 def test_share_and_missing_equal_autograd():
@@ -38,7 +38,7 @@ def test_an_unsupported_layer_is_missing():
     class Conv(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.head = nn.Conv1d(1, 2, 3), nn.Linear(6, 3)
+            self.conv, self.head = nn.ConvTranspose1d(1, 2, 3), nn.Linear(14, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.conv(x.unsqueeze(1)).flatten(1))
@@ -58,6 +58,34 @@ def test_no_gradient_at_all_counts_as_covered():
         [oracles.one_example(batch, 0)],
     )  # fmt: skip
     assert report.share == 1.0
+    assert report.silent == ("classifier.weight", "classifier.bias")
+
+
+def test_a_parameter_whose_gradient_is_zero_on_every_sampled_example_is_silent():
+    model, batch = tiny_bert().double(), token_batch()
+    with torch.no_grad():
+        model.classifier.weight.zero_()  # nothing flows below the head
+    parameters = select_parameters(model, ["classifier", "bert.pooler"])
+    ones = [oracles.one_example(batch, i) for i in range(2)]
+    assert measure_coverage(model, parameters, text_loss, ones).silent == (
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+    )
+
+
+def test_examples_share_a_batch_unless_a_module_mixes_them():
+    batch = mlp_batch()
+    plain = randomise(ToyMlp())
+    assert why_alone(plain.double(), select_parameters(plain, ["*"]), mlp_loss, batch) is None
+
+    class Turned(ToyMlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flip(0)).flip(0)
+
+    turned = randomise(Turned()).double()
+    parameters = select_parameters(turned, ["*"])
+    assert "module first does not keep" in str(why_alone(turned, parameters, mlp_loss, batch))
+    assert why_alone(turned, parameters, mlp_loss, oracles.one_example(batch, 0)) is None
 
 
 class Functional(nn.Module):

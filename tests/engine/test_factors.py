@@ -84,6 +84,18 @@ def test_norms_of_several_calls_hold_their_cross_terms(caught):
     caught(compare, factors, "squared_norm", lambda pairs: sum(whole([pair]) for pair in pairs))
 
 
+@pytest.mark.parametrize("side", [dense, hot])
+def test_calls_of_one_kind_are_one_call_with_the_tokens_of_all(side, caught):
+    """Many tokens: the gradients are made whole, and their sum is squared."""
+    calls = [(side(O, 9), dense(I, 9, seed=1)), (side(O, 7), dense(I, 7, seed=2)), (side(O, 8), dense(I, 8, seed=3))]
+
+    def compare() -> None:
+        truth = sum(matrix_of(a, b) for a, b in calls).square().sum((1, 2))
+        assert torch.allclose(factors.squared_norm(calls), truth, rtol=1e-12)
+
+    caught(compare, factors, "side_by_side", lambda parts: parts[0])
+
+
 @pytest.mark.parametrize("factor", [dense(O), hot(O)])
 def test_projecting_a_factor_is_a_matrix_product(factor):
     matrix = torch.randn(3, O, dtype=torch.float64)

@@ -1,7 +1,12 @@
+from types import SimpleNamespace
+from typing import Any
+
+import faiss
 import numpy as np
 import pytest
 
-from engine.knn import KINDS, build_neighbours, recall, search
+from engine import knn
+from engine.knn import KINDS, build_neighbours, probe, probed, ready_to_search, recall, search, widen
 from tests import oracles
 
 RNG = np.random.default_rng(0)
@@ -34,8 +39,6 @@ def test_both_ends_are_found_with_the_ids_of_the_rows(kind):
 
 
 def test_inverted_lists_searched_in_full_are_exact():
-    import faiss
-
     index = index_of("ivf")
     faiss.extract_index_ivf(index.index).nprobe = 10_000
     assert np.array_equal(search(index, QUERIES, 10)[0], exact_ids(10))
@@ -70,3 +73,92 @@ def test_rows_too_large_for_half_precision_are_refused() -> None:
     with pytest.raises(ValueError, match="output.neighbours=sqfp16 cannot hold 1e\\+05"):
         build_neighbours("sqfp16", [(np.arange(50), vectors)], 50, 4)
     build_neighbours("ivf", [(np.arange(50), vectors)], 50, 4)
+
+
+def test_lists_are_searched_until_either_side_is_found() -> None:
+    index, exact = index_of("ivf"), exact_ids(10)
+    probe(index, 1)
+    before = [recall(search(index, QUERIES, 10)[0][side], exact[side]) for side in (0, 1)]
+    assert min(before) < 0.95
+    reached = widen(index, QUERIES, exact)
+    assert min(reached) >= 0.95
+    assert reached == tuple(recall(search(index, QUERIES, 10)[0][side], exact[side]) for side in (0, 1))
+    looked = probed(index)
+    assert looked is not None
+    assert 1 < looked[0] <= looked[1]
+
+
+def test_recall_is_of_each_side_alone_and_stops_at_all_lists() -> None:
+    index, exact = index_of("ivf"), exact_ids(10)
+    exact[1] += 10**9  # opponents that no search can find
+    assert widen(index, QUERIES, exact) == (1.0, 0.0)
+    assert probed(index) == (faiss.extract_index_ivf(index.index).nlist,) * 2
+    assert widen(index_of("sqfp16"), QUERIES, exact)[0] >= 0.95  # nothing to widen
+    assert probed(index_of("sqfp16")) is None
+
+
+class FakeGpu:
+    """The part of a GPU build of FAISS that is called, on the CPU: it writes down what moves where."""
+
+    def __init__(self, gpus: int) -> None:
+        self.moves: list[tuple[Any, ...]] = []
+        self.gpus = gpus
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(faiss, name)
+
+    def StandardGpuResources(self) -> str:  # noqa: N802  FAISS's name
+        return "resources"
+
+    def GpuClonerOptions(self) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(use_cuvs=True)
+
+    def get_num_gpus(self) -> int:
+        return self.gpus
+
+    def index_cpu_to_gpu(self, resources: str, device: int, index: Any, options: SimpleNamespace) -> Any:
+        self.moves.append(("to the GPU", resources, device, index.ntotal, options.use_cuvs))
+        return faiss.clone_index(index)
+
+    def index_gpu_to_cpu(self, index: Any) -> Any:
+        self.moves.append(("back", index.ntotal))
+        return faiss.clone_index(index)
+
+
+def test_lists_are_built_on_a_gpu_and_any_index_is_searched_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeGpu(gpus=2)
+    monkeypatch.setattr(knn, "faiss_module", lambda: fake)
+    index = index_of("ivf")
+    assert fake.moves == [("to the GPU", "resources", 0, 0, True), ("back", 600)]
+    probe(index, 10_000)
+    assert np.array_equal(search(ready_to_search(index, 10), QUERIES, 10)[0], exact_ids(10))
+    assert fake.moves[2:] == [("to the GPU", "resources", 0, 600, True)]
+    fake.moves.clear()
+    half = index_of("sqfp16")  # half precision would come back as single
+    assert fake.moves == []
+    ready_to_search(half, 10)
+    assert fake.moves == [("to the GPU", "resources", 0, 600, False)]  # which cuVS has not
+    fake.moves.clear()
+    assert ready_to_search(half, 2049) is half  # more than a GPU takes
+    assert fake.moves == []
+
+
+def test_a_gpu_build_without_a_gpu_stays_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeGpu(gpus=0)
+    monkeypatch.setattr(knn, "faiss_module", lambda: fake)
+    index = index_of("ivf")
+    assert ready_to_search(index, 10) is index
+    assert fake.moves == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_answers_are_those_of_the_cpu(kind: str) -> None:
+    """On a machine with a GPU and its FAISS this builds and searches there; elsewhere on the CPU."""
+    index = index_of(kind)
+    reached = widen(index, QUERIES, exact_ids(10))
+    assert min(reached) >= 0.95
+    ids, scores = search(ready_to_search(index, 10), QUERIES, 10)
+    there, same = search(index, QUERIES, 10)
+    assert recall(ids.reshape(6, 10), there.reshape(6, 10)) >= 0.95
+    assert np.allclose(scores, same, rtol=1e-2, atol=1e-2)

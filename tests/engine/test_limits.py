@@ -3,6 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModel
 
 from engine.limits import InputLimits, read_limits
 
@@ -13,6 +15,19 @@ def test_limits_come_from_the_models_config(tmp_path: Path) -> None:
     assert read_limits(tmp_path) == InputLimits(16, 9)
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 8}))
     assert read_limits(tmp_path) == InputLimits(8, None)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "mpnet", "bert"])
+def test_as_many_tokens_as_said_are_read_and_not_one_more(tmp_path: Path, kind: str) -> None:
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes, intermediate_size=8, max_position_embeddings=12, pad_token_id=1)
+    model = AutoModel.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    limit = read_limits(tmp_path).positions
+    assert limit == (12 if kind == "bert" else 10)
+    model(input_ids=torch.full((1, limit), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, limit + 1), 5))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from torch import nn
 from engine.models import (
     architecture_of,
     import_path,
-    last_linear_input,
     load_hugging_face,
     load_torch,
     read_state,
@@ -157,16 +156,6 @@ def test_architecture_is_the_same_from_either_form_of_weights(tmp_path):
     (tmp_path / "bin").mkdir()
     torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
     assert architecture_of(tmp_path / "safetensors") == architecture_of(tmp_path / "bin")
-
-
-def test_last_linear_input_is_what_the_head_sees():
-    model, x = randomise(ToyMlp()), torch.randn(4, 5)
-    seen = last_linear_input(model, lambda: model(x))
-    with torch.inference_mode():
-        assert torch.allclose(nn.functional.linear(seen, model.head.weight, model.head.bias), model(x))
-    assert not any(m._forward_hooks for m in model.modules())
-    with pytest.raises(ValueError, match=r"no nn.Linear ran"):
-        last_linear_input(nn.Identity(), lambda: None)
 
 
 def test_dotted_paths_say_which_half_is_missing():

@@ -70,7 +70,7 @@ def test_layers_that_read_weights_without_a_call_are_not_supported():
     _, others = supported_parameters(nn.MultiheadAttention(4, 2))
     assert set(others) == {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
     assert supported_parameters(nn.Embedding(4, 2, max_norm=1.0))[1] == ["weight"]
-    assert supported_parameters(nn.Sequential(nn.Conv2d(1, 2, 3)))[1] == ["0.weight", "0.bias"]
+    assert supported_parameters(nn.Sequential(nn.ConvTranspose2d(1, 2, 3)))[1] == ["0.weight", "0.bias"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_pattern_that_matches_nothing_is_refused():
 
 
 def test_unsupported_matches_warn_and_nothing_else_left_is_refused():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 2))
+    model = nn.Sequential(nn.ConvTranspose2d(1, 2, 3), nn.Linear(2, 2))
     with pytest.warns(UserWarning, match=r"no per-example gradients for 0.bias, 0.weight"):
         assert [p.name for p in select_parameters(model, ["*"])] == ["1.weight", "1.bias"]
     with pytest.warns(UserWarning, match="no per-example"), pytest.raises(ValueError, match="none of the chosen"):

@@ -3,18 +3,15 @@ import torch
 from torch import Tensor, nn
 
 from engine.batches import Batch
-from engine.tasks.causal_lm import CausalLM
 from engine.tasks.contract import (
     encode,
-    features,
     initialise,
     load_task,
     measurement,
     predict,
     with_model_folder,
 )
-from tests import oracles
-from tests.conftest import ToyMlp, mlp_batch, mlp_loss, randomise, tiny_bert, tiny_gpt2, toy_mlp
+from tests.conftest import ToyMlp, mlp_batch, mlp_loss, randomise, toy_mlp
 
 
 class OwnTask:
@@ -46,7 +43,6 @@ def test_a_class_with_the_required_methods_gets_the_other_ones():
     assert encode(task, {"text": "x"}) == [{}]
     assert torch.equal(measurement(task, model, batch), 2 * mlp_loss(model, batch))
     assert predict(task, model, batch) is None
-    assert features(task, model, batch).shape == (6, 6)
     assert isinstance(initialise(task, __import__("pathlib").Path(".")), ToyMlp)
     with pytest.raises(ValueError, match=r"train.base is missing"):
         initialise(task, None)
@@ -73,24 +69,3 @@ def test_built_in_tasks_take_tokenizer_and_classes_from_the_model_folder(tmp_pat
     assert with_model_folder("image-classification", {}, tmp_path) == {"model": str(tmp_path)}
     for name, settings in (("regression", {"factory": "a:b"}), (OWN, {})):
         assert with_model_folder(name, settings, tmp_path) == settings
-
-
-def test_features_of_a_text_do_not_depend_on_its_padding(tokenizer_folder):
-    task, model = CausalLM(str(tokenizer_folder / "plain")), tiny_gpt2().double()
-    texts = ("the film", "a very good plot and not so bad", "never")
-    rows = [task.encode({"text": text})[0] for text in texts]
-    together = features(task, model, task.collate(rows))
-    assert together.shape == (3, 8)
-    for row, found in zip(rows, together, strict=True):
-        assert oracles.relative_error(found, features(task, model, task.collate([row]))[0]) <= 1e-10
-
-
-def test_features_are_what_the_head_sees(tokenizer_folder):
-    from engine.tasks.text_classification import TextClassification
-
-    task, model = TextClassification(str(tokenizer_folder / "wrapped")), tiny_bert().double()
-    batch = task.collate([task.encode({"text": "the film", "label": 1})[0]])
-    with torch.inference_mode():
-        seen = features(task, model, batch)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        assert torch.allclose(model.classifier(seen), logits, rtol=1e-12)

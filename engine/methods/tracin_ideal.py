@@ -1,0 +1,66 @@
+"""What every single step of training did to each query's loss: TracInIdeal (Pruthi et al. 2020, section 3.1).
+
+    TracInIdeal(z, z′) = Σ over the steps t that visited z of  ℓ(w_t, z′) − ℓ(w_{t+1}, z′)
+
+and beside it the first-order term η ∇ℓ(w_t, z)·∇ℓ(w_t, z′) that TracIn puts in its place. Both need the training run
+itself, every step of it: for small models, and to judge what a few checkpoints are worth.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from engine.batches import Batch
+from engine.training import TrainSettings, train
+
+
+@dataclass(frozen=True)
+class StepEffect:
+    """What one step did to the Q queries; both positive where it lowered the loss."""
+
+    fall: Tensor  # [Q] ℓ(w_t, z′) − ℓ(w_{t+1}, z′); the falls of all steps add up to ℓ(w_0, z′) − ℓ(w_T, z′)
+    first_order: Tensor  # [Q] (w_t − w_{t+1})·∇ℓ(w_t, z′): under SGD η g·∇ℓ(w_t, z′), g the mean gradient of the batch
+
+
+class _Losses(nn.Module):
+    """A loss as a module, so that it can be called with other weights than the model's own."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+def every_step(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Batch], Tensor],
+    collate: Callable[[list[Any]], Batch],
+    rows: list[Any],
+    queries: Batch,
+    settings: TrainSettings,
+) -> Iterator[StepEffect]:
+    """Train in place and yield the effect of every step, measured in evaluation mode.
+
+    Small steps need a float64 model: the fall is a difference of two losses. Cost a step: a training step and about four
+    forward passes of the queries, one of them with a directional derivative (no fused attention).
+    """
+    losses = _Losses(model, loss)
+
+    def losses_under(weights: dict[str, Tensor]) -> Tensor:
+        return functional_call(losses, weights, (queries,))
+
+    before = {name: weight.detach().clone() for name, weight in losses.named_parameters()}
+    for _ in train(model, loss, collate, rows, settings):
+        model.eval()
+        after = {name: weight.detach().clone() for name, weight in losses.named_parameters()}
+        step = {name: before[name] - after[name] for name in before}
+        with torch.no_grad():
+            start, first_order = jvp(losses_under, (before,), (step,))[:2]
+            yield StepEffect(start - losses_under(after), first_order)
+        before = after
