@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,24 +38,24 @@ def connect(
     joins = address not in ("auto", "local") or (address == "auto" and bool(os.environ.get("RAY_ADDRESS")))
     if ray.is_initialized():
         return joins
-    if joins:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=log_to_driver)
-        return True
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=log_to_driver,
-    )
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": log_to_driver}
+    with own_sigterm():
+        if joins:
+            ray.init(address=address, **quiet)
+            return True
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     return False
 
 
-def disconnect() -> None:
-    """Leave the cluster; a local one ends."""
-    ray.shutdown()
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Put this process's own handler of SIGTERM back, if it had one: Ray's writes a page of C++ stack and exits."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def nodes() -> list[str]:

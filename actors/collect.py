@@ -11,11 +11,13 @@ from actors.context import WorkerContext
 from actors.leftovers import put, write_unit
 from actors.specs import GradientSpec, ModelSpec
 from actors.units import Receipt, Unit
+from engine.adapters import adapter_parameters
 from engine.batches import plan_batches
-from engine.coverage import measure_coverage
-from engine.gradients import PerExampleGradients, nonfinite
+from engine.coverage import measure_coverage, why_alone
+from engine.gradients import GradientBatch, PerExampleGradients, nonfinite
+from engine.memory import token_budget
 from engine.models import read_state
-from engine.parameters import changed_parameters, select_parameters
+from engine.parameters import Parameter, changed_parameters, select_parameters
 from engine.projection import row_layout
 from engine.tasks.contract import Task
 from storage.gradients import DONE, QUARANTINED, RowBlock
@@ -32,13 +34,8 @@ def inspect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     parameters = select_parameters(network, patterns)
     projection = settings["projection"]
     layout = row_layout(parameters, projection) if settings["stored"] else None
-    report = None
+    task, rows, report = context.task(model), _sample(context, settings), None
     if settings["coverage"]:
-        corpus, task = context.corpus(settings["home"], settings["corpus"]), context.task(model)
-        segment = corpus.segments[0]
-        count = min(settings["coverage"], segment.rows)
-        places = [i * segment.rows // count for i in range(count)]
-        rows = [row for place in places for row in corpus.read(segment, place, place + 1)]
         batches = [task.collate([row]).to(context.device) for row in rows]
         report = asdict(measure_coverage(network, parameters, task.loss, batches, set(moved) if moved else None))
     found = to_json(
@@ -49,30 +46,70 @@ def inspect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
             "arrays": layout.arrays if layout else {},
             "ranges": [asdict(r) for r in layout.ranges] if layout else [],
             "coverage": report,
+            "alone": why_alone(network, parameters, task.loss, task.collate(rows).to(context.device)),
+            "token_budget": _token_budget(context, settings, parameters, rows),
         }
     )
     written = put(context, settings, unit, unit.payload["key"], found)
     return Receipt(unit.key, bytes=len(found), objects=[asdict(written)])
 
 
+def _token_budget(
+    context: WorkerContext, settings: dict[str, Any], parameters: list[Parameter], rows: list[dict]
+) -> int:
+    """Return the budget that was asked for, or what suits this device: tried on the sample's longest row, repeated."""
+    if settings["token_budget"] != "auto":
+        return settings["token_budget"]
+    model: ModelSpec = settings["model"]
+    spec = GradientSpec(tuple(p.name for p in parameters), settings["projection"], settings["norms"], 1)
+    longest = max(rows, key=lambda row: row["length"])
+
+    def run(budget: int) -> None:
+        task, form = context.task(model), "rows" if settings["stored"] else "whole"
+        hooks = context.gradients(model, model.checkpoints[-1].name, spec, form)
+        hooks(task.loss, task.collate([longest] * max(1, budget // longest["length"])).to(context.device))
+
+    return token_budget(context.device, run)
+
+
+def _sample(context: WorkerContext, settings: dict[str, Any]) -> list[dict]:
+    """Return the corpus's rows that are looked at, evenly spread: as many as the coverage report asks for, at least 3."""
+    corpus = context.corpus(settings["home"], settings["corpus"])
+    segment = corpus.segments[0]
+    count = min(max(3, settings["coverage"]), segment.rows)
+    places = [i * segment.rows // count for i in range(count)]
+    return [row for place in places for row in corpus.read(segment, place, place + 1)]
+
+
 def _moved(context: WorkerContext, model: ModelSpec, network: nn.Module) -> list[str]:
-    """Return the parameters that differ between the first and the last checkpoint; none if there is only one."""
-    if len(model.checkpoints) < 2:
-        return []
+    """Return what training moved: an adapter's own, else what differs between the first and the last checkpoint.
+
+    None if there is only one. Where files and model name the weights differently, the first model is built for it.
+    """
+    adapted = adapter_parameters(network)
+    if adapted or len(model.checkpoints) < 2:
+        return adapted
     first, last = (read_state(context.folder(model, model.checkpoints[i].name)) for i in (0, -1))
-    buffers = {name for name, _ in network.named_buffers()}
+    names, buffers = network.state_dict().keys(), {name for name, _ in network.named_buffers()}
+    if not first.keys() <= names:
+        ends = (context.folder(model, model.checkpoints[i].name) for i in (0, -1))
+        first, last = (context.task(model).build(folder).state_dict() for folder in ends)
     return [name for name in changed_parameters(first, last) if name not in buffers]
 
 
 def collect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
-    """Compute one shard's gradient rows under one checkpoint and write them to the store."""
+    """Compute one shard's gradient rows under one checkpoint and write them to the store.
+
+    A worker's next unit reads its rows while this one computes, and computes while this one writes.
+    """
     model, spec = settings["model"], settings["gradients"]
     at = unit.payload
-    hooks = context.gradients(model, at["checkpoint"], spec)
-    task = context.task(model)
-    rows = context.rows(None, at["set"], at)
-    shard, bad = shard_gradients(hooks, task, rows, spec, context.device)
-    store = context.store(None)
+    with context.reading:
+        rows = context.rows(None, at["set"], at)
+    with context.computing:
+        hooks = context.gradients(model, at["checkpoint"], spec)
+        shard, bad = shard_gradients(hooks, context.task(model), rows, spec, context.device)
+        store = context.store(None)
     where = (at["set"], at["checkpoint"], at["segment"], at["start"])
     objects = write_unit(
         context, settings, unit, lambda: store.write(*where, shard), lambda: store.delete_shard(*where)
@@ -105,8 +142,9 @@ def shard_gradients(
     arrays = {name: np.empty((n, width), dtype=np.float32) for name, width in layout.arrays.items()}
     losses, state, bad = np.empty(n), np.full(n, DONE, dtype=np.uint8), dict[int, str]()
     norms = np.empty((n, len(spec.parameters)), dtype=np.float32) if spec.norms else None
-    for positions in plan_batches(np.array([row["length"] for row in rows]), spec.token_budget):
-        out = hooks(task.loss, task.collate([rows[i] for i in positions]).to(device))
+    ahead: tuple[np.ndarray, GradientBatch] | None = None
+
+    def place(positions: np.ndarray, out: GradientBatch) -> None:
         for name, array in arrays.items():
             array[positions] = out.arrays[name].cpu().numpy()
         losses[positions] = out.losses.cpu().numpy()
@@ -118,4 +156,12 @@ def shard_gradients(
             losses[row] = np.nan
             for array in [*arrays.values()] + ([] if norms is None else [norms]):
                 array[row] = np.nan
+
+    for positions in plan_batches(np.array([row["length"] for row in rows]), spec.token_budget):
+        out = hooks(task.loss, task.collate([rows[i] for i in positions]).to(device))
+        if ahead:
+            place(*ahead)  # one behind: a GPU computes while the batch before is copied out
+        ahead = positions, out
+    if ahead:
+        place(*ahead)
     return RowBlock(arrays, losses, norms, state), bad

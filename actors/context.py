@@ -1,10 +1,13 @@
 """What a worker holds between units: open corpora and stores, the loaded checkpoint, its hooks.
 
-One checkpoint at a time is held; a unit that needs another loads it in its place. Nothing here decides anything.
+One checkpoint at a time is held; a unit that needs another loads it in its place. Only a service, which answers under all
+of them again and again, holds all. Nothing here decides anything.
 """
 
 import tempfile
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.specs import GradientSpec, ModelSpec
+from actors.specs import FOLDERS, GradientSpec, ModelSpec
 from actors.states import load_state
+from engine.adapters import adapter_base, is_adapter
+from engine.attention import attention_for
 from engine.batches import Batch
 from engine.gradients import GradientBatch, PerExampleGradients
 from engine.methods.contract import QueryState
@@ -23,28 +28,54 @@ from engine.projectors import Dense, Projector, Whole, make_projector
 from engine.tasks.contract import BUILT_IN, Task, load_task, measurement, with_model_folder
 from storage.checkpoints import fingerprint
 from storage.corpus import Corpus
-from storage.gradients import GradientStore
+from storage.gradients import GradientStore, RowBlock
 from storage.locations import Location
 from storage.segments import Segment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
+_CPU = torch.device("cpu")
+STATE_BYTES = 1 << 30  # of query states that a worker keeps beside the one in use
+ROW_BYTES = 1 << 30  # of stored rows that a service keeps
+
+
+def cache_folder() -> Path:
+    """Return where remote checkpoints are copied to on this machine."""
+    return Path(tempfile.gettempdir()) / "influence-engine"
+
 
 class WorkerContext:
     """Caches of one worker."""
 
-    def __init__(self, run: str, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        run: str,
+        device: str = "cpu",
+        hold_all: bool = False,  # keep the model of every checkpoint asked for, and rows, as a service wants
+    ) -> None:
         self.run = Location.parse(run)
         self.device = torch.device(device)
-        self.cache = Path(tempfile.gettempdir()) / "influence-engine"
+        self.cache = cache_folder()
+        self.hold_all = hold_all
         self._held: dict[str, tuple[Any, Any]] = {}
+        # a worker's two units take turns: one reads or writes while the other computes
+        self.reading, self.computing = threading.Lock(), threading.Lock()
+        self._row_bytes = 0
 
     def _keep(self, slot: str, key: Any, make: Callable[[], Any]) -> Any:
         """Return what the slot holds if it was made for this key, else make it and hold it instead."""
         if slot not in self._held or self._held[slot][0] != key:
-            self._held.pop(slot, None)  # the old one goes before the new one comes
+            self._drop(slot)  # the old one goes before the new one comes
             self._held[slot] = (key, make())
         return self._held[slot][1]
+
+    def _drop(self, slot: str) -> None:
+        _, old = self._held.pop(slot, (None, None))
+        if isinstance(old, Hooked):
+            old.hooks.remove()
+
+    def _slot(self, what: str, checkpoint: str) -> str:
+        return f"{what} {checkpoint}" if self.hold_all else what
 
     def home(self, uri: str | None) -> Location:
         """Return the run that holds corpus and store: another one by URI, or this worker's own."""
@@ -67,6 +98,18 @@ class WorkerContext:
     def store(self, home: str | None) -> GradientStore:
         return self._keep("store", home, lambda: GradientStore.open(self.home(home)))
 
+    def stored_rows(self, home: str | None, corpus: str, checkpoint: str, at: dict[str, Any]) -> RowBlock:
+        """Return the stored rows of a shard: read, or where all is held as much from memory as fits in ROW_BYTES."""
+        kept: dict[tuple, RowBlock] = self._keep("rows", (home, corpus), dict)
+        place = (checkpoint, at["segment"], at["start"], at["stop"])
+        if place in kept:
+            return kept[place]
+        block = self.store(home).read(corpus, *place)
+        if self.hold_all and self._row_bytes + block.nbytes <= ROW_BYTES:
+            kept[place] = block
+            self._row_bytes += block.nbytes
+        return block
+
     def folder(self, model: ModelSpec, checkpoint: str) -> Path:
         """Return the checkpoint's folder on this machine, its content checked against the recorded fingerprint.
 
@@ -76,7 +119,7 @@ class WorkerContext:
 
         def fetch() -> Path:
             folder = Location.parse(spec.uri).fetch(self.cache)
-            if fingerprint(folder) != spec.fingerprint:
+            if checkpoint_fingerprint(folder, model.task_settings, self.cache) != spec.fingerprint:
                 raise ValueError(
                     f"checkpoint {spec.uri} has changed since this run began: restore it, or use another run"
                 )
@@ -86,20 +129,24 @@ class WorkerContext:
 
     def task(self, model: ModelSpec) -> Task:
         """Return the task. Tokenizer and class names come from the first checkpoint's folder unless set."""
-        key = (model.task, repr(model.task_settings), model.attention)
-        return self._keep(
-            "task", key, lambda: make_task(model, self.folder(model, model.checkpoints[0].name), self.cache)
-        )
+        key = (model.task, repr(model.task_settings), model.attention, model.compute)
+
+        def make() -> Task:
+            return make_task(model, self.folder(model, model.checkpoints[0].name), self.cache, self.device)
+
+        return self._keep("task", key, make)
 
     def model(self, model: ModelSpec, checkpoint: str) -> nn.Module:
         """Return the model of one checkpoint, frozen, in evaluation mode, on this worker's device."""
 
         def load() -> nn.Module:
-            self._held.pop("gradients", None)
+            self._drop(self._slot("gradients", checkpoint))
             built = self.task(model).build(self.folder(model, checkpoint))
             return ready_for_scoring(built, self.device, DTYPES[model.compute])
 
-        return self._keep("model", (model.checkpoint(checkpoint), model.compute, model.attention), load)
+        return self._keep(
+            self._slot("model", checkpoint), (model.checkpoint(checkpoint), model.compute, model.attention), load
+        )
 
     def gradients(
         self,
@@ -113,27 +160,33 @@ class WorkerContext:
 
         form "rows": as the store keeps them; "whole": unprojected, of any size; "onto": products with `blocks`.
         """
-        network = self.model(model, checkpoint)
+        network, slot = self.model(model, checkpoint), self._slot("gradients", checkpoint)
 
-        def make() -> PerExampleGradients:
-            old = self._held.get("gradients")
-            if old:
-                old[1].remove()
+        def make() -> Hooked:
             parameters = named_parameters(network, spec.parameters)
             projector = self._projector(parameters, spec, form, blocks, network)
-            return PerExampleGradients(network, parameters, projector, norms=spec.norms)
+            return Hooked(PerExampleGradients(network, parameters, projector, norms=spec.norms), blocks)
 
-        key = (model.checkpoint(checkpoint), spec, form, id(blocks))
-        if "gradients" in self._held and self._held["gradients"][0] == key:
-            return self._held["gradients"][1]
-        made = make()
-        self._held["gradients"] = (key, made)
-        self._blocks = blocks  # kept as long as its address is in the key
-        return made
+        return self._keep(slot, (model.checkpoint(checkpoint), spec, form, id(blocks)), make).hooks
 
     def state(self, label: str, checkpoint: str) -> QueryState:
-        """Return the query state that `prepare` saved for this checkpoint."""
-        return self._keep(f"state {checkpoint}", label, lambda: load_state(self.run, label, checkpoint))
+        """Return the query state that `prepare` saved for this checkpoint.
+
+        The one last used is held, and of the label's others as many as fit in STATE_BYTES; the rest are read again for
+        each unit. Which stay does not change: units go through all checkpoints in turn, and the one longest unused is
+        always the next.
+        """
+
+        def find() -> QueryState:
+            kept: dict[str, QueryState] = self._keep("states", label, dict)
+            if checkpoint in kept:
+                return kept[checkpoint]
+            state = load_state(self.run, label, checkpoint)
+            if sum(one.nbytes for one in (state, *kept.values())) <= STATE_BYTES:
+                kept[checkpoint] = state
+            return state
+
+        return self._keep("state", (label, checkpoint), find)
 
     def _projector(
         self, parameters: list[Parameter], spec: GradientSpec, form: str, blocks: QueryState | None, network: nn.Module
@@ -144,6 +197,14 @@ class WorkerContext:
         if form == "whole":
             return Whole(parameters, stored=False)
         return make_projector(parameters, spec.projection, self.device, next(network.parameters()).dtype)
+
+
+@dataclass(frozen=True)
+class Hooked:
+    """Hooks on a model, with the queries they multiply with: kept as long as their address is in a slot's key."""
+
+    hooks: PerExampleGradients
+    blocks: QueryState | None
 
 
 class CheckpointSource:
@@ -170,17 +231,27 @@ class CheckpointSource:
         return self._hooks(measure, batch.to(self._context.device))
 
 
-def make_task(model: ModelSpec, folder: Path | None, cache: Path) -> Task:
+def make_task(model: ModelSpec, folder: Path | None, cache: Path, device: torch.device = _CPU) -> Task:
     """Return the task with its folders on this machine; built-in ones take tokenizer and classes from `folder`."""
-    settings = dict(model.task_settings)
+    settings = local_folders(model.task_settings, cache)
     if folder is not None:
         settings = with_model_folder(model.task, settings, folder)
-    for key in ("tokenizer", "model"):
-        if isinstance(settings.get(key), str):
-            settings[key] = str(Location.parse(settings[key]).fetch(cache))
     if model.task in BUILT_IN:
-        settings.setdefault("attention", model.attention)
+        settings.setdefault("attention", attention_for(model.attention, model.compute, device))
     return load_task(model.task, settings)
+
+
+def local_folders(task_settings: dict[str, Any], cache: Path) -> dict[str, Any]:
+    """Return a task's settings with its folders on this machine."""
+    given = {key: task_settings[key] for key in FOLDERS if isinstance(task_settings.get(key), str)}
+    return task_settings | {key: str(Location.parse(uri).fetch(cache)) for key, uri in given.items()}
+
+
+def checkpoint_fingerprint(folder: Path, task_settings: dict[str, Any], cache: Path) -> str:
+    """Return the fingerprint of a checkpoint; that of an adapter covers its base model, which may be given by the task."""
+    if not is_adapter(folder):
+        return fingerprint(folder)
+    return fingerprint(folder, adapter_base(folder, local_folders(task_settings, cache).get("base")))
 
 
 def named_parameters(network: nn.Module, names: tuple[str, ...]) -> list[Parameter]:

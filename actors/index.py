@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from actors.prepare import answers_key
 from actors.score import ShardScores, load_scores, scores_key
 from actors.specs import ModelSpec, ScoreSpec
+from actors.states import load_state, state_key
 from engine.topk import TopK, merge
 from storage.corpus import Corpus
 from storage.gradients import QUARANTINED
@@ -23,6 +25,9 @@ _BY_QUERY = pa.schema(
     [("query", pa.int64()), ("query_source_id", pa.string()), ("side", pa.string()), ("rank", pa.int64()),
      ("id", pa.int64()), ("score", pa.float64()), *_BRIEF]
 )  # fmt: skip
+_QUERIES = pa.schema(
+    [("query", pa.int64()), ("predicted", pa.string()), ("misclassified", pa.bool_()), ("loss", pa.float64()), *_BRIEF]
+)
 _BY_EXAMPLE = pa.schema(
     [("id", pa.int64()), ("self_influence", pa.float64()), ("total", pa.float64()), ("loss", pa.float64()),
      ("quarantined", pa.bool_()), *_BRIEF]
@@ -56,13 +61,14 @@ class IndexJob:
 
 
 def build_index(job: IndexJob) -> None:
-    """Merge every query's top-k over the shards in id order and write both tables with the scores' description."""
+    """Merge every query's top-k over the shards in id order and write all tables with the scores' description."""
     top = merged_top(job)
     train = Corpus.open(job.home, job.score.corpus)
     queries = Corpus.open(job.run, job.score.queries)
     write_index(
-        job.run, job.score.label, describe(job), by_query(top, train, queries, job.fields), by_example(job, train)
-    )
+        job.run, job.score.label, describe(job), by_query(top, train, queries, job.fields), by_example(job, train),
+        query_tables(job.run, job.score.label, job.score.checkpoints[-1], queries, job.fields),
+    )  # fmt: skip
 
 
 def merged_top(job: IndexJob) -> TopK:
@@ -82,6 +88,7 @@ def describe(job: IndexJob) -> dict[str, Any]:
         "granularity": job.granularity, "projection": job.projection,
         "queries": job.score.queries, "corpus": job.score.corpus, "corpus_home": job.score.home,
         "checkpoints": [vars(job.model.checkpoint(name)) for name in job.score.checkpoints],
+        "checkpoint_choice": [vars(verdict) for verdict in job.model.choice],
         "self_influence": "sum over checkpoints of weight · exact squared gradient norm",
         "top_k": job.score.top_k, "fields": asdict(job.fields), "totals": "sum over all queries of the set", "damping": None,
     }  # fmt: skip
@@ -105,6 +112,34 @@ def by_query(top: TopK, train: Corpus, queries: Corpus, fields: Fields) -> Itera
                     place = {"query": query, "query_source_id": asked[query]["source_id"], "side": name, "rank": rank}
                     rows.append(place | {"id": int(example), "score": float(score), **briefs[int(example)]})
         yield pa.Table.from_pylist(rows, schema=_BY_QUERY)
+
+
+def query_tables(
+    run: Location, label: str, last_checkpoint: str, queries: Corpus, fields: Fields
+) -> Iterator[pa.Table]:
+    """Yield one segment's queries at a time: what the last checkpoint answers, its loss, label and snippet.
+
+    A run whose queries were prepared before answers were kept has the losses alone.
+    """
+    answers = query_answers(run, label, last_checkpoint, queries.rows)
+    for segment in queries.segments:
+        rows = []
+        for offset, record in enumerate(queries.read(segment, 0, segment.rows)):
+            answer = answers[segment.base + offset]
+            given = None if answer["predicted"] is None else str(answer["predicted"])
+            rows.append({"query": segment.base + offset, **answer, "predicted": given, **brief(record, fields)})
+        yield pa.Table.from_pylist(rows, schema=_QUERIES)
+
+
+def query_answers(run: Location, label: str, last_checkpoint: str, count: int) -> list[dict[str, Any]]:
+    """Return loss, predicted and misclassified of every query, as `prepare` left them; None for what it did not leave."""
+    losses: list[float | None] = [None] * count
+    try:
+        return run.read_json(answers_key(label))
+    except FileNotFoundError:  # not prepared yet, or before answers were kept
+        if run.exists(state_key(label, last_checkpoint)):
+            losses = load_state(run, label, last_checkpoint).losses.tolist()
+    return [{"loss": loss, "predicted": None, "misclassified": None} for loss in losses]
 
 
 def by_example(job: IndexJob, train: Corpus) -> Iterator[pa.Table]:

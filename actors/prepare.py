@@ -1,19 +1,27 @@
-"""Stage 2: a method's query state, once per checkpoint, kept as one file that every worker reads."""
+"""Stage 2: a method's query state, once per checkpoint, kept as one file that every worker reads.
 
+The last checkpoint also leaves what it answers to every query: loss, prediction, and whether that is a mistake.
+"""
+
+import math
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from actors.context import CheckpointSource, WorkerContext
 from actors.leftovers import put
+from actors.specs import ModelSpec
 from actors.states import save_state, state_key
 from actors.units import Receipt, Unit
 from engine.batches import Batch
 from engine.gradients import GradientBatch, nonfinite
 from engine.methods.contract import QueryState, load_method
 from engine.projection import RowLayout
-from engine.tasks.contract import Task
+from engine.tasks.contract import Task, predict
+from engine.tasks.labels import Labels
+from storage.locations import to_json
 
 
 def prepare_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
@@ -29,9 +37,49 @@ def prepare_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     refuse_nonfinite(state, source.layout, [f"{row['id']} (source:{row['source_id']})" for row in rows], checkpoint)
     key = state_key(score.label, checkpoint)
     data = save_state(state)
-    record = put(context, settings, unit, key, data)
+    records = [put(context, settings, unit, key, data)]
+    if checkpoint == score.checkpoints[-1]:
+        answers = to_json(query_answers(context, model, checkpoint, rows, state, spec.token_budget))
+        records.append(put(context, settings, unit, answers_key(score.label), answers))
     tokens = int(sum(row["length"] for row in rows))
-    return Receipt(unit.key, rows=len(rows), tokens=tokens, bytes=len(data), objects=[asdict(record)])
+    written = sum(record.size for record in records)
+    return Receipt(unit.key, rows=len(rows), tokens=tokens, bytes=written, objects=[asdict(r) for r in records])
+
+
+def query_answers(
+    context: WorkerContext, model: ModelSpec, checkpoint: str, rows: list[dict], state: QueryState, token_budget: int
+) -> list[dict[str, Any]]:
+    """Return loss, predicted and misclassified of every query; the last two None where the task has no such notion."""
+    task, network = context.task(model), context.model(model, checkpoint)
+    predicted: list[Any] = []
+    for batch in query_batches(task, rows, token_budget):
+        predicted += predict(task, network, batch.to(context.device)) or [None] * len(batch)
+    return [
+        {"loss": float(loss), "predicted": plain(answer), "misclassified": misclassified(task, row, answer)}
+        for loss, answer, row in zip(state.losses, predicted, rows, strict=True)
+    ]
+
+
+def misclassified(task: Task, row: dict[str, Any], predicted: Any) -> bool | None:
+    """Return whether the predicted label is not the query's own; None for a task that predicts no labels."""
+    field, labels = getattr(task, "label_field", None), getattr(task, "labels", None)
+    if predicted is None or field is None or row.get(field) is None:
+        return None
+    if isinstance(labels, Labels):  # the corpus may hold names or numbers
+        return labels.index(predicted, field) != labels.index(row[field], field)
+    return str(predicted) != str(row[field])
+
+
+def plain(answer: Any) -> str | int | float | None:
+    """Return a prediction as JSON can hold it; one that is no finite number or string as its text."""
+    value = answer.item() if isinstance(answer, np.generic | torch.Tensor) else answer
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
+
+
+def answers_key(label: str) -> str:
+    return f"states/{label}/answers.json"
 
 
 def refuse_nonfinite(state: QueryState, layout: RowLayout, names: list[str], checkpoint: str) -> None:

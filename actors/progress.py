@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from actors.units import Receipt
 
@@ -49,7 +50,7 @@ class StageProgress:
         """Start a stage of so many units, of which some were done before."""
         self._stage, self._units, self._done, self._skipped, self._rows = stage, units, done, done, 0
         self._began = self._spoke = self.clock()
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:  # a dumb one moves no cursor
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task(stage, total=units, completed=done, status=self._status())
@@ -98,36 +99,37 @@ def status_line(done: int, units: int, done_here: int, rows: int, elapsed: float
     return f"{counted}, {rows / elapsed:,.0f} rows/s, {duration(left)} left"
 
 
-def report_table(reports: list[StageReport]) -> Table:
-    """Return the closing table of a job, one line a stage."""
-    table = Table(title="stages", title_justify="left")
-    for column in (
-        "stage",
-        "units",
-        "time",
-        "rows",
-        "rows/s",
-        "tokens/s",
-        "written",
-        "memory",
-        "retries",
-        "bad rows",
-    ):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+def report_table(reports: list[StageReport]) -> Group:
+    """Return the closing table of a job, one line a stage, at most 80 columns wide; below it what went wrong, if anything did.
+
+    A stage stands under the first word of its name; `units` are those of this run, of all where an earlier one did some.
+    """
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in ("stage", "units", "time", "rows", "rows/s", "tokens/s", "written", "memory"):
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     for report in reports:
         per_second = 1 / report.seconds if report.seconds > 0 else 0.0
-        before = f" ({report.skipped} before)" if report.skipped else ""
+        here = f"{report.units - report.skipped}/" if report.skipped else ""
         table.add_row(
-            report.stage, f"{report.units}{before}", duration(report.seconds), f"{report.rows:,}",
+            kind(report), f"{here}{report.units}", duration(report.seconds), f"{report.rows:,}",
             f"{report.rows * per_second:,.0f}", f"{report.tokens * per_second:,.0f}", size(report.bytes),
-            size(report.peak_memory), str(report.retries), str(len(report.quarantined)),
+            size(report.peak_memory),
         )  # fmt: skip
+    notes = []
+    if any(report.retries for report in reports):
+        again = ", ".join(f"{report.retries} of {kind(report)}" for report in reports if report.retries)
+        notes.append(f"units started again: {again}")
     bad: dict[int, str] = {}
     for report in reversed(reports):  # what the first stage that met a row says of it
         bad |= report.quarantined
     if bad:
-        table.caption, table.caption_justify = f"set aside, not finite: {quarantined_text(bad)}", "left"
-    return table
+        notes.append(f"{len(bad)} rows set aside, not finite: {quarantined_text(bad)}")
+    return Group(table, *map(Text, notes))
+
+
+def kind(report: StageReport) -> str:
+    """Return what a stage does, without the label or set that it does it for: `score`."""
+    return report.stage.partition("-")[0]
 
 
 def quarantined_text(rows: Mapping[int, str]) -> str:

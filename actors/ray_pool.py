@@ -23,6 +23,8 @@ from actors.units import Stage, Unit, Worker, WorkerFactory
 
 logger = logging.getLogger(__name__)
 
+START_TIMEOUT = 60.0  # seconds that a worker may stay pending
+
 
 class _Actor:
     """What runs in the actor's process: makes the worker, says where it is, passes units on."""
@@ -60,8 +62,6 @@ class RayPool:
         workers: int,
         cpus: float = 1.0,  # per worker; also its threads on a GPU worker
         gpus: float = 0.0,  # per worker
-        env: Mapping[str, str] | None = None,  # added to worker_environment
-        start_timeout: float = 60.0,  # seconds that a worker may stay pending
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if workers < 1:
@@ -75,10 +75,9 @@ class RayPool:
             num_gpus=gpus,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=1,
-            runtime_env={"env_vars": {**worker_environment(cpus, gpus), **(env or {})}},
+            max_concurrency=2,  # the unit that computes, and one that reads or writes (Worker keeps the turns)
+            runtime_env={"env_vars": worker_environment(cpus, gpus)},
         )(_Actor)
-        self._start_timeout = start_timeout
         self._clock = clock
         self._last_ready = clock()
         self._slots = [self._start(number, 0, self._last_ready) for number in range(workers)]
@@ -174,7 +173,7 @@ class RayPool:
         """Raise PoolError for a worker that stays pending, but do without a replacement while other workers go on."""
         for slot in self._slots:
             waited = self._clock() - max(slot.since, self._last_ready)
-            if slot.starting is None or waited <= self._start_timeout:
+            if slot.starting is None or waited <= START_TIMEOUT:
                 continue
             message = pending_message(slot.number, self.size, waited, self._resources)
             if slot.generation == 0 or not self.workers:

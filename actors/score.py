@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 import torch
-from torch import Tensor
 
 from actors.collect import receipt_of
 from actors.compute import block_key
@@ -18,12 +17,24 @@ from actors.context import WorkerContext
 from actors.leftovers import put
 from actors.specs import GradientSpec, ScoreSpec
 from actors.units import Receipt, Unit
-from engine.methods.contract import QueryState, Rows, load_method
+from engine.methods.contract import QueryState, Rows, ScoreBlock, load_method
 from engine.topk import TopK, top_k
 from storage.gradients import DONE, QUARANTINED
 from storage.locations import Location
 
-_QUERY_BLOCK = 1024  # queries multiplied with a shard at a time
+_QUERY_BLOCK = 1024  # queries multiplied with a shard and added up at a time
+_RANKED = 256  # queries ranked at a time
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one checkpoint contributes to a shard."""
+
+    weight: float
+    state: np.ndarray  # uint8 [n]
+    losses: np.ndarray  # float64 [n]
+    queries: int
+    blocks: Iterator[ScoreBlock]  # of consecutive windows of queries; only one is in memory
 
 
 @dataclass(frozen=True)
@@ -37,9 +48,6 @@ class ShardScores:
     self_influence: np.ndarray  # float64 [n], NaN without exact norms
     losses: np.ndarray  # float64 [n] at the last checkpoint
     dense: np.ndarray | None  # float32 [n, Q] if asked for
-
-
-Part = tuple[float, np.ndarray, Tensor, Tensor | None, np.ndarray]  # weight, state, scores, self-influence, losses
 
 
 def score_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
@@ -70,49 +78,77 @@ def state_block(
 ) -> Part:  # fmt: skip
     """Return one checkpoint's block of a shard: its stored rows against the query state."""
     method = load_method(spec.method, spec.method_settings)
-    block = context.store(spec.home).read(spec.corpus, checkpoint, at["segment"], at["start"], at["stop"])
+    block = context.stored_rows(spec.home, spec.corpus, checkpoint, at)
     arrays = {name: torch.from_numpy(array) for name, array in block.rows.items()}
     norms = None if block.norms is None else torch.from_numpy(block.norms)
     rows = Rows(torch.from_numpy(ids), arrays, norms, gradients.parameters)
-    blocks = [method.score(rows, part) for part in query_blocks(state)]
-    return state.weight, block.state, torch.cat([b.scores for b in blocks], 1), blocks[0].self_influence, block.losses
+    blocks = (method.score(rows, part) for part in query_blocks(state))
+    return Part(state.weight, block.state, block.losses, len(state.losses), blocks)
+
+
+def windows(queries: int, size: int) -> list[slice]:
+    """Return the windows of queries in which a shard is scored, so that its temporaries do not grow with their number."""
+    return [slice(begin, min(begin + size, queries)) for begin in range(0, queries, size)]
 
 
 def query_blocks(state: QueryState) -> Iterator[QueryState]:
-    """Yield the state in windows of queries, so that products stay small however many are asked."""
-    for begin in range(0, len(state.losses), _QUERY_BLOCK):
-        window = slice(begin, begin + _QUERY_BLOCK)
+    """Yield the state in windows of queries."""
+    for window in windows(len(state.losses), _QUERY_BLOCK):
         arrays = {name: array[window] for name, array in state.arrays.items()}
         norms = None if state.norms is None else state.norms[window]
         yield QueryState(arrays, norms, state.losses[window], state.weight, state.chosen, state.candidates)
 
 
 def add_up(ids: np.ndarray, parts: Iterator[Part], spec: ScoreSpec) -> ShardScores:
-    """Return the shard's scores: Σ weight · block in checkpoint order, float64, before any top-k."""
+    """Return the shard's scores: Σ weight · block in checkpoint order, float64, before any top-k.
+
+    Memory: the sum itself, float64 [n, Q], and temporaries of one window of queries.
+    """
     total, own, state, losses = None, None, None, None
-    for weight, here, scores, squares, losses in parts:  # noqa: B007  the last checkpoint's losses stay
-        block = weight * scores.double().numpy()
-        total = block if total is None else total + block
-        if squares is not None:
-            own = weight * squares.double().numpy() + (0.0 if own is None else own)
-        state = here.copy() if state is None else np.maximum(state, here)
+    for part in parts:
+        for window, block in zip(windows(part.queries, _QUERY_BLOCK), part.blocks, strict=True):
+            scores = part.weight * block.scores.double().numpy()
+            if total is None:
+                total = np.empty((len(ids), part.queries))
+            if state is None:
+                total[:, window] = scores
+            else:
+                total[:, window] += scores
+            if window.start == 0 and block.self_influence is not None:
+                own = part.weight * block.self_influence.double().numpy() + (0.0 if own is None else own)
+        state = part.state.copy() if state is None else np.maximum(state, part.state)
+        losses = part.losses
     assert total is not None
     assert state is not None
     good = state == DONE
     totals = np.where(good, total.sum(1), np.nan)
     own = np.full(len(ids), np.nan) if own is None else np.where(good, own, np.nan)
-    dense = np.where(good[:, None], total, np.nan).astype(np.float32) if spec.dense else None
-    return ShardScores(ids, state, top_k(ids[good], total[good], spec.top_k), totals, own, np.asarray(losses), dense)
+    top = ranked(ids, total, good, spec.top_k)
+    dense = dense_scores(total, good) if spec.dense else None
+    return ShardScores(ids, state, top, totals, own, np.asarray(losses), dense)
+
+
+def ranked(ids: np.ndarray, total: np.ndarray, good: np.ndarray, k: int) -> TopK:
+    """Return every query's top-k among the rows that are good."""
+    parts = [top_k(ids[good], total[good, window], k) for window in windows(total.shape[1], _RANKED)]
+    return TopK(np.concatenate([p.ids for p in parts], 1), np.concatenate([p.scores for p in parts], 1))
+
+
+def dense_scores(total: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """Return the scores as they are kept, float32 [n, Q], NaN for rows that are not good."""
+    dense = total.astype(np.float32)
+    dense[~good] = np.nan
+    return dense
 
 
 def computed_parts(context: WorkerContext, spec: ScoreSpec, at: dict[str, Any]) -> Iterator[Part]:
     """Yield every checkpoint's block of this shard, from what compute_unit wrote."""
     for checkpoint in spec.checkpoints:
         block = safetensors.numpy.load(context.run.read(block_key(spec.label, at | {"checkpoint": checkpoint})))
-        own = block["self_influence"]
-        state = context.state(spec.label, checkpoint)
-        squares = None if np.isnan(own).all() else torch.from_numpy(own)
-        yield state.weight, block["state"], torch.from_numpy(block["scores"]), squares, block["losses"]
+        state, scores = context.state(spec.label, checkpoint), torch.from_numpy(block["scores"])
+        own = None if np.isnan(block["self_influence"]).all() else torch.from_numpy(block["self_influence"])
+        blocks = (ScoreBlock(scores[:, window], own) for window in windows(scores.shape[1], _QUERY_BLOCK))
+        yield Part(state.weight, block["state"], block["losses"], scores.shape[1], blocks)
 
 
 def scores_key(label: str, at: dict[str, Any]) -> str:

@@ -6,7 +6,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.projection import Projection
-from storage.locations import Location
+from engine.tasks.contract import BUILT_IN
+from storage.locations import Location, to_json
+
+FOLDERS = ("tokenizer", "model", "base")  # settings of a built-in task that are folders
+_PLACES = ("uri", "path", "home")  # of a checkpoint, a source, another run
 
 
 class StageMismatch(OSError):  # noqa: N818  it is what the reader of the message is told
@@ -25,6 +29,17 @@ class CheckpointSpec:
 
 
 @dataclass(frozen=True)
+class CheckpointVerdict:
+    """Whether a checkpoint that was found takes part, and why: what `checkpoints.choose` decided."""
+
+    name: str
+    step: int
+    loss: float | None  # mean of what was logged since the checkpoint before; None: nothing was
+    kept: bool
+    why: str
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """How a worker gets from a checkpoint's name to a model ready for scoring."""
 
@@ -33,13 +48,14 @@ class ModelSpec:
     checkpoints: tuple[CheckpointSpec, ...]  # in order of training
     compute: str  # float32 | bfloat16
     attention: str
+    choice: tuple[CheckpointVerdict, ...] = ()  # on every checkpoint found; empty: all take part
 
     def checkpoint(self, name: str) -> CheckpointSpec:
         return next(c for c in self.checkpoints if c.name == name)
 
     def record(self) -> dict[str, Any]:
         """Return what a stage under this model records: all but the checkpoints, which have files of their own."""
-        return {key: value for key, value in asdict(self).items() if key != "checkpoints"}
+        return {key: value for key, value in asdict(self).items() if key not in ("checkpoints", "choice")}
 
 
 @dataclass(frozen=True)
@@ -76,24 +92,38 @@ def declare_stage(run: Location, name: str, settings: dict[str, Any], other: str
 def declare(run: Location, key: str, settings: dict[str, Any], what: str, other: str = "another run") -> None:
     """Create a record with its hash, or compare with the one that is there.
 
-    Raises StageMismatch naming the first value that differs, and what `other` thing to use for both to be kept.
+    Only what things are is compared. Where they lie may change: the record then says where they lie now. Raises
+    StageMismatch naming the first value that differs, and what `other` thing to use for both to be kept.
     """
     settings = json.loads(json.dumps(settings))
+    record = {**settings, "hash": digest(settings)}
     if not run.exists(key):
-        run.create_json(key, {**settings, "hash": digest(settings)})
+        run.create_json(key, record)
         return
     before = run.read_json(key)
-    before.pop("hash", None)
-    if before != settings:
-        where, old, new = first_difference(before, settings)
+    stored, asked = without_places({k: v for k, v in before.items() if k != "hash"}), without_places(settings)
+    if stored != asked:
+        where, old, new = first_difference(stored, asked)
         raise StageMismatch(
             f"{what} was made with {where}={old!r}, this job has {new!r}. Use {other}, or restore that value."
         )
+    if before != record:
+        run.replace(key, to_json(record))
 
 
-def digest(settings: Any) -> str:
-    """Return a hash of plain settings, the same whatever the order of keys."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+def without_places(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without what only says where things lie: their fingerprints stand beside it or in the manifest."""
+    kept = {key: value for key, value in record.items() if key not in _PLACES}
+    model = kept.get("model")
+    if isinstance(model, dict) and model.get("task") in BUILT_IN:
+        settings = {key: value for key, value in model["task_settings"].items() if key not in FOLDERS}
+        kept["model"] = model | {"task_settings": settings}
+    return kept
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Return a hash of what a record says, the same whatever the order of keys and wherever things lie."""
+    return hashlib.sha256(json.dumps(without_places(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def first_difference(a: Any, b: Any, where: str = "") -> tuple[str, Any, Any]:

@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ UNIT_FUNCTIONS: dict[str, UnitFunction] = {
     "score": score_unit,
     "compute": compute_unit,
 }
+_OVERLAPPING = {"collect"}  # take the worker's turns themselves
 
 
 class Worker:
@@ -38,7 +40,8 @@ class Worker:
             torch.set_num_threads(1)
         began = time.perf_counter()
         try:
-            receipt = UNIT_FUNCTIONS[function](self.context, settings, unit)
+            with nullcontext() if function in _OVERLAPPING else self.context.computing:
+                receipt = UNIT_FUNCTIONS[function](self.context, settings, unit)
         finally:
             torch.set_num_threads(threads)
         return replace(receipt, seconds=time.perf_counter() - began, peak_memory=peak_memory())

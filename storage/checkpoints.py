@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ NOT_WEIGHTS = (
     "scaler.",
     "training_args.",
 )  # a Trainer's other .pt and .bin files
+CONFIGS = ("config.json", "adapter_config.json")
 STATE = "trainer_state.json"
+RECORD = "influence.json"  # what launch.InfluenceCallback leaves in a checkpoint: its learning rate, exact
 CHUNK = 8 << 20
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")  # a checkpoint's name is that of a folder in the run
 
@@ -36,38 +38,46 @@ class CheckpointRef:
     path: Location
     step: int
     learning_rate: float | None  # None: not known, which only methods that weigh by it refuse
-    how: str  # "given", "logged", "interpolated between steps 100 and 200", "constant" or "unknown"
+    how: str  # "given", "logged", "recorded", "interpolated between steps 100 and 200" or "unknown"
 
 
 def find_checkpoints(
     source: str | Sequence[str | dict[str, Any]],  # a folder, or a list of folders or {path, learning_rate, step}
     learning_rate: float | None = None,  # for those whose folder, or entry in the list, does not say it
+    say: Callable[[str], None] = print,  # told which checkpoint is left out, and why
 ) -> list[CheckpointRef]:
     """Return the checkpoints in order of step.
 
     A folder with checkpoint-<step> folders gives those, with learning rates from the last one's trainer_state.json
-    (interpolated linearly between logged steps); any other folder that holds weights is one checkpoint.
+    (interpolated linearly between logged steps); any other folder that holds weights is one checkpoint. The Trainer
+    writes trainer_state.json last: where some have it, one without is still being written and is left out.
     FileNotFoundError says what was looked for. ValueError if several checkpoints have no learning rate.
     """
-    found = _in_folder(Location.parse(source)) if isinstance(source, str) else _listed(source)
+    found = _in_folder(Location.parse(source), say) if isinstance(source, str) else _listed(source)
     found = sorted(found, key=lambda ref: ref.step)
     if learning_rate is not None:
         found = [
             replace(ref, learning_rate=learning_rate, how="given") if ref.learning_rate is None else ref
             for ref in found
         ]
+    several = [ref for ref in found if ref.learning_rate is None and ref.how != "unknown"]
+    if several and len(found) > 1:
+        raise ValueError(
+            f"the learning rates of {several[0].name} are {several[0].how}, and a checkpoint is weighed by one. Give "
+            f"checkpoints.learning_rate."
+        )
     unknown = [ref.name for ref in found if ref.learning_rate is None]
     if unknown and len(found) > 1:
         raise ValueError(f"the learning rate of {', '.join(unknown)} is not logged. Give checkpoints.learning_rate.")
     return found
 
 
-def fingerprint(folder: Path) -> str:
-    """Return the sha256 over names and bytes of a folder's weight files and its config.json, in order of name.
+def fingerprint(folder: Path, base: Path | None = None) -> str:
+    """Return the sha256 over names and bytes of a folder's weight files and its config, in order of name.
 
-    FileNotFoundError if it holds no weights.
+    `base` is the model that an adapter stands on, covered too. FileNotFoundError if either holds no weights.
     """
-    files = sorted(path for path in folder.iterdir() if _is_weights(path.name) or path.name == "config.json")
+    files = sorted(path for path in folder.iterdir() if _is_weights(path.name) or path.name in CONFIGS)
     if not any(_is_weights(path.name) for path in files):
         raise FileNotFoundError(f"{folder} holds no weights: looked for {', '.join(f'*{s}' for s in WEIGHTS)}.")
     digest = hashlib.sha256()
@@ -76,18 +86,38 @@ def fingerprint(folder: Path) -> str:
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
+    if base:
+        digest.update(fingerprint(base).encode())
     return digest.hexdigest()
 
 
-def _in_folder(folder: Location) -> list[CheckpointRef]:
+def logged_losses(ref: CheckpointRef) -> dict[str, list[tuple[int, float]]]:
+    """Return the (step, loss) that training logged up to a checkpoint, by kind: `loss` of training, `eval_loss`."""
+    entries = ref.path.read_json(STATE).get("log_history", []) if ref.path.exists(STATE) else []
+    return {
+        kind: [(int(entry["step"]), float(entry[kind])) for entry in entries if kind in entry]
+        for kind in ("loss", "eval_loss")
+    }
+
+
+def _in_folder(folder: Location, say: Callable[[str], None]) -> list[CheckpointRef]:
     keys = folder.list()
     names = {key.partition("/")[0] for key in keys if "/" in key and _is_weights(key.rpartition("/")[2])}
     steps = {int(name.removeprefix("checkpoint-")): name for name in names if _is_step(name)}
     if not steps:
         return [_single(folder, keys)]
-    state = f"{steps[max(steps)]}/{STATE}"
-    history = _history(folder.read_json(state)) if state in keys else {}
-    return [CheckpointRef(name, folder.child(name), step, *_rate_at(step, history)) for step, name in steps.items()]
+    finished = {step: name for step, name in steps.items() if f"{name}/{STATE}" in keys}
+    if finished:
+        for step in sorted(steps.keys() - finished.keys()):
+            say(f"{steps[step]} left out: it has no {STATE}, which a Trainer writes last, so it is not finished")
+        steps = finished
+    history = _history(folder.read_json(f"{steps[max(steps)]}/{STATE}")) if finished else {}
+    found = []
+    for step, name in steps.items():
+        at = folder.child(name)
+        rate = _recorded(at) if f"{name}/{RECORD}" in keys else _rate_at(step, history)
+        found.append(CheckpointRef(name, at, step, *rate))
+    return found
 
 
 def _single(folder: Location, keys: list[str]) -> CheckpointRef:
@@ -99,7 +129,9 @@ def _single(folder: Location, keys: list[str]) -> CheckpointRef:
     state = folder.read_json(STATE) if STATE in keys else {}
     step = int(state.get("global_step", 0))
     name = NOT_IN_NAMES.sub("_", folder.uri.rpartition("/")[2]).lstrip("._-") or "model"
-    return CheckpointRef(name, folder, step, *_rate_at(step, _history(state)))
+    return CheckpointRef(
+        name, folder, step, *(_recorded(folder) if RECORD in keys else _rate_at(step, _history(state)))
+    )
 
 
 def _listed(source: Sequence[str | dict[str, Any]]) -> list[CheckpointRef]:
@@ -153,6 +185,15 @@ def _with_own_names(refs: list[CheckpointRef]) -> list[CheckpointRef]:
 def _history(state: dict[str, Any]) -> dict[int, float]:
     entries = state.get("log_history", [])
     return {int(entry["step"]): float(entry["learning_rate"]) for entry in entries if "learning_rate" in entry}
+
+
+def _recorded(checkpoint: Location) -> tuple[float | None, str]:
+    """Return the learning rate that was recorded while training; none if groups of parameters had different ones."""
+    record = checkpoint.read_json(RECORD)
+    if record["learning_rate"] is not None:
+        return float(record["learning_rate"]), "recorded"
+    rates = ", ".join(f"{group['learning_rate']:g} for {group['parameters']} weights" for group in record["groups"])
+    return None, f"several ({rates})"
 
 
 def _rate_at(step: int, history: dict[int, float]) -> tuple[float | None, str]:

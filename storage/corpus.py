@@ -7,8 +7,10 @@ How a record becomes tokens is the task's affair, passed in as `encode`.
 """
 
 import itertools
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,8 @@ class IngestReport:
     chunked: int
     skipped: int
     ingested: int
+    repeated: int  # records whose own id an earlier one has; counted by the call that ended the ingest
+    first_repeated: str | None  # the id of the first of them
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Corpus:
     segments: list[Segment]
     _files: dict[str, pq.ParquetFile] = field(default_factory=dict, repr=False)
     _groups: dict[str, tuple[int, pa.Table]] = field(default_factory=dict, repr=False)
+    _erased: set[int] | None = field(default=None, repr=False)
 
     @classmethod
     def open(cls, run: Location, name: str) -> "Corpus":
@@ -63,9 +68,11 @@ class Corpus:
         return self.segments[-1].fingerprint
 
     def erased(self) -> set[int]:
-        """Return the ids that every answer leaves out."""
-        keys = self.run.list(f"corpus/{self.name}/erased")
-        return {example for key in keys for example in self.run.read_json(key)["ids"]}
+        """Return the ids that every answer leaves out, as they stood when this object was first asked."""
+        if self._erased is None:
+            keys = self.run.list(f"corpus/{self.name}/erased")
+            self._erased = {example for key in keys for example in self.run.read_json(key)["ids"]}
+        return self._erased
 
     def erase(self, ids: list[int]) -> None:
         """Leave these ids out of every answer from now on. ValueError for an id that the corpus does not have."""
@@ -73,14 +80,36 @@ class Corpus:
             self._locate(example)
         number = len(self.run.list(f"corpus/{self.name}/erased"))
         self.run.create_json(f"corpus/{self.name}/erased/{number:06d}.json", {"ids": sorted(ids)})
+        self._erased = None
 
     def read(self, segment: Segment, start: int, stop: int) -> list[dict[str, Any]]:
         """Return rows start:stop of a segment, erased ones included, encoded fields merged over original ones."""
         return from_table(self._table(segment, start, stop))
 
-    def lengths(self, segment: Segment) -> np.ndarray:
-        """Return the tokens of each row, int32 [rows]."""
-        return self._file(segment).read(columns=["length"]).column(0).to_numpy()
+    def schema(self) -> pa.Schema:
+        """Return the columns of its rows: our own, the original fields, `encoded`."""
+        return self._file(self.segments[0]).schema_arrow
+
+    def column(self, name: str) -> Iterator[pa.RecordBatch]:
+        """Yield one column of all rows in id order, in batches, erased ones included."""
+        for segment in self.segments:
+            yield from self._file(segment).iter_batches(columns=[name], use_threads=False)
+
+    def repeated(self) -> tuple[int, str | None]:
+        """Return how many records have an id that an earlier one has, and the first such id. Memory: 8 bytes a record."""
+        hashes = array("Q")
+        for source_id in self._records():
+            hashes.append(int.from_bytes(blake2b(source_id.encode(), digest_size=8).digest()))
+        found, first, counts = np.unique(np.frombuffer(hashes, np.uint64), return_index=True, return_counts=True)
+        if len(found) == len(hashes):
+            return 0, None
+        earliest = int(first[counts > 1].min())
+        return len(hashes) - len(found), next(itertools.islice(self._records(), earliest, None))
+
+    def _records(self) -> Iterator[str]:
+        """Yield every record's own id, that of a chunked document once."""
+        for ids, chunks in zip(self.column("source_id"), self.column("chunk"), strict=True):
+            yield from pc.filter(ids.column(0), pc.equal(chunks.column(0), 0)).to_pylist()
 
     def row(self, example: int) -> dict[str, Any]:
         """Return one example's original fields with id, source_id, doc_id, chunk and length.
@@ -94,14 +123,25 @@ class Corpus:
         return from_table(table.select([name for name in table.column_names if name != ENCODED]))[0]
 
     def find(self, source_id: str) -> int:
-        """Return the first example with the corpus's own id. ValueError naming it if there is none."""
-        erased = self.erased()
+        """Return the example, of a chunked document the first, with the corpus's own id.
+
+        ValueError if there is none, or if several records have it, naming them.
+        """
+        first: dict[int, int] = {}  # by document
         for segment in self.segments:
-            column = self._file(segment).read(columns=["source_id"]).column(0).combine_chunks()
-            for row in pc.indices_nonzero(pc.equal(column, str(source_id))).to_pylist():
-                if segment.base + row not in erased:
-                    return segment.base + row
-        raise ValueError(f"corpus {self.name!r} has no example with source id {source_id!r}.")
+            columns = self._file(segment).read(columns=["source_id", "doc_id"], use_threads=False)
+            rows = pc.indices_nonzero(pc.equal(columns["source_id"], str(source_id)))
+            for row, document in zip(rows.to_pylist(), columns["doc_id"].take(rows).to_pylist(), strict=True):
+                if segment.base + row not in self.erased():
+                    first.setdefault(document, segment.base + row)
+        if not first:
+            raise ValueError(f"corpus {self.name!r} has no example with source id {source_id!r}.")
+        if len(first) > 1:
+            rows = ", ".join(map(str, list(first.values())[:5])) + (", …" if len(first) > 5 else "")
+            raise ValueError(
+                f"source id {source_id!r} names {len(first)} records of corpus {self.name!r}: ask for one by its row, {rows}."
+            )
+        return next(iter(first.values()))
 
     def close(self) -> None:
         """Close the open files; reading opens them again."""
@@ -111,7 +151,7 @@ class Corpus:
         self._groups.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_groups": {}}
+        return {**self.__dict__, "_files": {}, "_groups": {}, "_erased": None}
 
     def _locate(self, example: int) -> Segment:
         for segment in self.segments:
@@ -155,18 +195,18 @@ def ingest(
     records: Iterator[Record],
     encode: Encode,
     segment_rows: int = 1 << 20,  # a segment ends with the document that reaches it
-    on_progress: Callable[[int], None] | None = None,  # called with the examples of this call so far
+    may_commit: Callable[[], None] = lambda: None,  # called before each commit; raises to stop (RunLease.check)
     append: bool = False,  # add the records to a finished corpus; otherwise a finished corpus stays as it is
 ) -> IngestReport:
     """Stream records into segments and return what the corpus then holds; a killed ingest goes on where it stopped.
 
-    The source must yield the same records in the same order again. Memory: one row group. Only one process ingests at
-    a time; the run's lease sees to that. ValueError with the record's place for what `encode` refuses, for a new field
-    and for a type that does not fit; ValueError for an empty source.
+    The source must yield the same records in the same order again. Memory: one row group and 8 bytes a record. Only one
+    process ingests at a time; the run's lease, asked by `may_commit`, sees to that. ValueError with the record's place
+    for what `encode` refuses, for a new field and for a type that does not fit; ValueError for an empty source.
     """
     segments = committed_segments(run, name)
     if segments and segments[-1].ends and not append:
-        return _report(segments, 0)
+        return _report(segments)
     held = sum(segment.rows for segment in segments)
     done = _records_of_open_ingest(segments)
     source = _Peekable(records)
@@ -176,14 +216,9 @@ def ingest(
     if not segments and not source:
         raise ValueError(f"corpus {name!r}: the source has no records. Check its path and format.")
     while source:
-        earlier = sum(segment.rows for segment in segments) - held
-
-        def on_rows(rows: int, earlier: int = earlier) -> None:
-            if on_progress:
-                on_progress(earlier + rows)
-
-        segments.append(write_segment(run, name, segments, source, encode, segment_rows, on_rows))
-    return _report(segments, sum(segment.rows for segment in segments) - held)
+        segments.append(write_segment(run, name, segments, source, encode, segment_rows, may_commit))
+    ingested = sum(segment.rows for segment in segments) - held
+    return _report(segments, ingested, *Corpus(run, name, segments).repeated())
 
 
 class _Peekable(Iterator[Record]):
@@ -218,7 +253,9 @@ def _open_parquet(run: Location, key: str) -> pq.ParquetFile:
         raise OSError(f"{run.uri}/{key} is damaged: {error}. Restore it, or ingest into another run.") from error
 
 
-def _report(segments: list[Segment], ingested: int) -> IngestReport:
+def _report(
+    segments: list[Segment], ingested: int = 0, repeated: int = 0, first_repeated: str | None = None
+) -> IngestReport:
     counts = {name: sum(segment.counts[name] for segment in segments) for name in segments[0].counts}
     rows, tokens = (sum(getattr(segment, name) for segment in segments) for name in ("rows", "tokens"))
-    return IngestReport(rows, tokens, **counts, ingested=ingested)
+    return IngestReport(rows, tokens, **counts, ingested=ingested, repeated=repeated, first_repeated=first_repeated)

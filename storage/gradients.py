@@ -5,12 +5,11 @@
                                                           row_scale [n] (float16 only), losses [n], norms [n, modules],
                                                           state [n]: 0 missing, 1 done, 2 quarantined (all NaN)
 
-A float16 row is rows x row_scale. One unit writes whole shards, create-only, `state` last; the done-record is the
+A float16 row's values are rows x row_scale. One unit writes whole shards, create-only, `state` last; the done-record is the
 journal's affair.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -79,6 +78,11 @@ class RowBlock:
     norms: np.ndarray | None  # float32 [n, modules]
     state: np.ndarray  # uint8 [n]
 
+    @property
+    def nbytes(self) -> int:
+        norms = 0 if self.norms is None else self.norms.nbytes
+        return sum(rows.nbytes for rows in self.rows.values()) + self.losses.nbytes + norms + self.state.nbytes
+
 
 @dataclass
 class GradientStore:
@@ -114,8 +118,11 @@ class GradientStore:
     def prepare(self, set_name: str, checkpoint: str, segment: str, rows: int, shard_rows: int) -> None:
         """Make the group of `rows` rows; one that is there with the same shape is fine, also made at the same time.
 
-        A segment shorter than `shard_rows` gets shards of its own length. StoreMismatch for another shape.
+        A segment shorter than `shard_rows` gets shards of its own length, one without rows no group. StoreMismatch for
+        another shape.
         """
+        if not rows:
+            return
         shard_rows = min(shard_rows, rows)
         group = _group_key(set_name, checkpoint, segment)
         if self.run.exists(f"{group}/zarr.json"):
@@ -123,10 +130,6 @@ class GradientStore:
             return
         for key, data in self._metadata(rows, shard_rows).items():
             self.run.create(f"{group}/{key}", data)
-
-    def shape(self, set_name: str, checkpoint: str, segment: str) -> tuple[int, int]:
-        """Return (rows, shard rows) of a prepared group. MissingRows if there is none."""
-        return self._load(_group_key(set_name, checkpoint, segment))[:2]
 
     def write(self, set_name: str, checkpoint: str, segment: str, start: int, block: RowBlock) -> list[ObjectRecord]:
         """Write the one shard that begins at row `start` and return its objects' records.
@@ -149,16 +152,7 @@ class GradientStore:
         for name, dimensions in reversed(self._dimensions().items()):
             self.run.delete(f"{group}/{shard_object(name, dimensions, number)}")
 
-    def read(
-        self,
-        set_name: str,
-        checkpoint: str,
-        segment: str,
-        start: int,
-        stop: int,
-        arrays: Sequence[str] | None = None,  # which row arrays; all by default
-        allow_missing: bool = False,  # missing rows come back as NaN with state 0
-    ) -> RowBlock:
+    def read(self, set_name: str, checkpoint: str, segment: str, start: int, stop: int) -> RowBlock:
         """Return rows start:stop. MissingRows names the shard or object that is not there, DamagedRows one that rots."""
         group = _group_key(set_name, checkpoint, segment)
         rows, shard_rows, metadata = self._load(group)
@@ -166,15 +160,15 @@ class GradientStore:
             raise ValueError(f"rows {start}:{stop} of {group} are not allowed: it has {rows}.")
         location = self.run.child(group)
         state = _read(LocationStore(location, metadata, allow_missing=True), "state", start, stop)
-        if not allow_missing and (state == MISSING).any():
+        if (state == MISSING).any():
             first = (start + int(np.argmax(state == MISSING))) // shard_rows * shard_rows
             shard = f"rows {first}:{min(first + shard_rows, rows)} of {location.uri}"
             raise MissingRows(f"{shard} are missing. Restore them, or score into another run.")
-        store = LocationStore(location, metadata, allow_missing)
+        store = LocationStore(location, metadata)
         scales = _read(store, "row_scale", start, stop) if self.settings.dtype == "float16" else None
-        names = self.settings.arrays if arrays is None else arrays
+        dtype = self.settings.dtype
         return RowBlock(
-            {name: from_stored(_read(store, name, start, stop), self.settings.dtype, scales) for name in names},
+            {name: from_stored(_read(store, name, start, stop), dtype, scales) for name in self.settings.arrays},
             _read(store, "losses", start, stop),
             _read(store, "norms", start, stop) if self.settings.norms else None,
             state,
@@ -291,7 +285,7 @@ def _refuse_difference(run: Location, stored: Any, asked: Any, name: str = "grad
     """Raise StoreMismatch naming the first setting that differs, if one does."""
     if isinstance(stored, dict) and isinstance(asked, dict):
         for key in dict.fromkeys([*stored, *asked]):
-            inner = name if key == "extra" else f"{name}.{key}"
+            inner = name if key == "extra" else "run.seed" if key == "seed" else f"{name}.{key}"
             _refuse_difference(run, stored.get(key), asked.get(key), inner)
     elif stored != asked:
         built = f"store {run.uri} was built with {name}={_short(stored)}, this run has {_short(asked)}"

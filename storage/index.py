@@ -1,10 +1,13 @@
 """The score index: Parquet tables that answer "what moved this prediction" and "what did this example move".
 
     index/<label>/by_query.parquet      query, rank, side, id, score, …: sorted by query
+    index/<label>/influenced.parquet    the same rows without texts, sorted by id: which queries an example moved
     index/<label>/by_example.parquet    id, …: one row per training example, sorted by id
+    index/<label>/queries.parquet       query, …: one row per query, sorted by query
     index/<label>/meta.json             method, score unit, damping, …; written last, it commits the index
 
-Both tables are streamed in and read by row group. What the scores mean is the method's affair.
+The tables are streamed in and read by row group, all but `influenced`, which is sorted in memory. What the scores mean
+is the method's affair. Older indices have neither `influenced` nor `queries`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,10 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.locations import Location
+from storage.sorted_tables import SortedTable
 
-ROW_GROUP = 65536
+ROW_GROUP = 4096  # rows decoded by a look-up
 BY_QUERY = {"query": pa.int64(), "rank": pa.int64(), "side": pa.string(), "id": pa.int64(), "score": pa.float64()}
 BY_EXAMPLE = {"id": pa.int64()}
+QUERIES = {"query": pa.int64()}
+SORTED = {"by_query": "query", "influenced": "id", "by_example": "id", "queries": "query"}
+INFLUENCED = ["id", "query", "side", "rank", "score"]
 SIDES = ("proponent", "opponent")
 
 
@@ -54,46 +61,31 @@ class ScoreIndex:
         """
         if k < 1:
             raise ValueError(f"top={k} is not allowed: must be at least 1.")
-        rows = self._where("by_query", "query", query)
+        with self.open_table("by_query") as table:
+            rows, last = table.where(query), table.last
         if not rows.num_rows:
-            raise ValueError(f"index {self.label!r} has no query {query}: it has rows 0 to {self._last_query()}.")
+            there = "no rows" if last is None else f"rows 0 to {last}"
+            raise ValueError(f"index {self.label!r} has no query {query}: it has {there}.")
         ordered = rows.filter(pc.less(rows["rank"], k)).sort_by("rank")
         proponents, opponents = (ordered.filter(pc.equal(ordered["side"], side)) for side in SIDES)
         return proponents, opponents
 
     def example(self, example: int) -> dict[str, Any]:
         """Return what the index says of one training example. ValueError if it does not have it."""
-        rows = self._where("by_example", "id", example)
+        with self.open_table("by_example") as table:
+            rows = table.where(example)
         if not rows.num_rows:
             raise ValueError(f"index {self.label!r} has no example {example}.")
         return rows.to_pylist()[0]
 
     def table(self, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield "by_query" or "by_example" in batches, all columns by default."""
-        with self.run.open(f"index/{self.label}/{name}.parquet") as file:
-            yield from pq.ParquetFile(file).iter_batches(columns=columns)
+        """Yield one of the tables in batches, all columns by default."""
+        with self.open_table(name) as table:
+            yield from table.batches(columns)
 
-    def _where(self, name: str, column: str, value: int) -> pa.Table:
-        """Return the rows with this value, read from the row groups whose range holds it.
-
-        In this thread alone: a background read that outlives the process's main thread would abort it.
-        """
-        with self.run.open(f"index/{self.label}/{name}.parquet") as file:
-            parquet = pq.ParquetFile(file)
-            place = parquet.schema_arrow.get_field_index(column)
-            groups = []
-            for group in range(parquet.num_row_groups):
-                found = parquet.metadata.row_group(group).column(place).statistics
-                if found is None or not found.has_min_max or found.min <= value <= found.max:
-                    groups.append(group)
-            rows = parquet.read_row_groups(groups, use_threads=False)
-        return rows.filter(pc.equal(rows[column], value))
-
-    def _last_query(self) -> int:
-        last = -1
-        for batch in self.table("by_query", ["query"]):
-            last = batch.column(0)[len(batch) - 1].as_py()
-        return last
+    def open_table(self, name: str) -> SortedTable:
+        """Return one of the tables, open; FileNotFoundError if this index was made without it."""
+        return SortedTable(self.run, f"index/{self.label}/{name}.parquet", SORTED[name])
 
 
 def write_index(
@@ -104,18 +96,33 @@ def write_index(
         pa.Table
     ],  # columns of BY_QUERY and any others; rank from 0 within query and side; queries ascending
     by_example: Iterable[pa.Table],  # id and any others, ids ascending
+    queries: Iterable[pa.Table],  # query and any others, queries ascending
 ) -> ScoreIndex:
-    """Stream both tables, then commit with meta.json; tables left by a killed writer are replaced. Memory: one batch.
+    """Stream the tables, then commit with meta.json; tables left by a killed writer are replaced.
 
-    An index that is finished stays as it is if its meta is the same; ObjectConflict if not. ValueError for a column
-    that is missing or a table out of order.
+    Memory: one batch, then ids and scores of `by_query` to sort them the other way round. An index that is finished
+    stays as it is if its meta is the same; ObjectConflict if not. ValueError for a column that is missing or a table out
+    of order.
     """
     folder = f"index/{label}"
     if not run.exists(f"{folder}/meta.json"):
         _write_sorted(run, f"{folder}/by_query.parquet", by_query, BY_QUERY, "query")
         _write_sorted(run, f"{folder}/by_example.parquet", by_example, BY_EXAMPLE, "id")
+        _write_sorted(run, f"{folder}/queries.parquet", queries, QUERIES, "query")
+        with SortedTable(run, f"{folder}/by_query.parquet", "query") as rows:
+            turned = sort_by_example(rows)
+        columns = {name: BY_QUERY[name] for name in INFLUENCED}
+        _write_sorted(run, f"{folder}/influenced.parquet", [turned], columns, "id")
     run.create_json(f"{folder}/meta.json", meta)
     return ScoreIndex.open(run, label)
+
+
+def sort_by_example(by_query: SortedTable) -> pa.Table:
+    """Return the rows of `by_query` sorted by id, each example's strongest first, ties by query."""
+    rows = by_query.columns(INFLUENCED)
+    strength = pc.negate(pc.abs(rows["score"]))
+    keys = [("id", "ascending"), ("strength", "ascending"), ("query", "ascending")]
+    return rows.append_column("strength", strength).sort_by(keys).drop_columns(["strength"])
 
 
 def _write_sorted(

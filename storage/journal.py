@@ -2,7 +2,7 @@
 
     journal/<stage>/<unit>/done.<n>     create-only; the highest n counts
     journal/run/lease.<n>               driver, host, process and counter; its holder rewrites it, the highest n counts
-    events/<driver>.<n>.jsonl           what happened, in order of n
+    events/<driver>.<n>.jsonl           what happened, one JSON object a line, in order of n
 
 A lease is free when released, when its process on the reader's own host is gone, or when its counter stood still for a
 minute of the reader's monotonic clock: no two clocks are ever compared. What a unit is, is its stage's affair.
@@ -15,7 +15,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -80,22 +80,12 @@ class Journal:
                 latest[unit] = max(latest.get(unit, 0), int(number))
         return DoneRecords(self.run, {unit: self._key(unit, number) for unit, number in sorted(latest.items())})
 
-    def missing(self, units: Iterable[str]) -> list[str]:
-        """Return the units without a done-record, in the order given."""
-        done = self.done()
-        return [unit for unit in units if unit not in done]
-
-    def commit(self, unit_key: str, record: dict[str, Any], again: bool = False) -> dict[str, Any]:
+    def commit(self, unit_key: str, record: dict[str, Any]) -> dict[str, Any]:
         """Note a unit as done and return the record that counts: the first one committed.
 
-        `again` (only after objects were found missing or damaged and made anew) adds the next n, which then counts.
         ValueError for a key with characters that no path should have.
         """
-        number = 0
-        if again:
-            files = self.run.list(f"{self._folder}/{_checked(unit_key)}")
-            number = max((int(key.rpartition("done.")[2]) for key in files if "/done." in key), default=-1) + 1
-        key = self._key(_checked(unit_key), number)
+        key = self._key(_checked(unit_key), 0)
         try:
             self.run.create_json(key, record)
         except ObjectConflict:
@@ -316,14 +306,6 @@ class EventLog:
             self._number += 1
             self._lines.clear()
         self._flushed = self.clock()
-
-
-def read_events(run: Location) -> Iterator[dict[str, Any]]:
-    """Yield all events of a run, driver by driver, each in the order in which it wrote them."""
-    for key in run.list("events"):
-        driver = key.removeprefix("events/").rsplit(".", 2)[0]
-        for line in run.read(key).decode().splitlines():
-            yield {"driver": driver, **json.loads(line)}
 
 
 def _checked(key: str) -> str:

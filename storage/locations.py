@@ -157,16 +157,6 @@ class Location:
         except ValueError as error:
             raise OSError(f"{self._address(key)} is damaged, not JSON: {error}. Restore it, or delete it.") from error
 
-    def damage(self, record: ObjectRecord) -> str | None:
-        """Return what is wrong with an object compared with its record, None if nothing is."""
-        try:
-            found = ObjectRecord.of(record.key, self.read(record.key))
-        except FileNotFoundError:
-            return f"{record.key} is missing"
-        if found.size != record.size:
-            return f"{record.key} has {found.size} bytes, its record says {record.size}"
-        return None if found == record else f"{record.key} differs from its recorded checksum"
-
     def probe(self) -> None:
         """Check that this place can be written and honours create-only puts.
 

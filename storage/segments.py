@@ -71,7 +71,7 @@ def write_segment(
     source: Iterator[Record],  # false once nothing is left
     encode: Encode,
     segment_rows: int,
-    on_rows: Callable[[int], None],  # called with the rows written so far
+    may_commit: Callable[[], None],  # called between the rows and their record; raises to leave it uncommitted
 ) -> Segment:
     """Write the next segment, commit it and return it. Rows left by a killed ingest are replaced.
 
@@ -97,13 +97,13 @@ def write_segment(
             writer.write_batch(to_batch(rows, schema, places), row_group_size=ROW_GROUP)
             for row in rows:
                 digest.update(_canonical(row))
-            on_rows(tally.rows)
         if schema is None:
             raise ValueError(f"corpus {corpus!r}: none of {tally.records} records gave an example (skipped as empty).")
         if writer is None:  # only skipped records were left
             pq.ParquetWriter(file, schema).close()
     base = before[-1].base + before[-1].rows if before else 0
     segment = Segment(name, base, **asdict(tally), ends=not source, fingerprint=digest.hexdigest())
+    may_commit()
     run.create_json(f"corpus/{corpus}/{name}/segment.json", asdict(segment))
     return segment
 

@@ -6,6 +6,7 @@ import torch
 
 from actors.context import CheckpointSource, WorkerContext, make_task, named_parameters
 from actors.specs import CheckpointSpec, GradientSpec, ModelSpec
+from actors.states import load_state, save_state, state_key
 from engine.methods.contract import QueryState
 from engine.projection import Projection
 from storage.checkpoints import fingerprint
@@ -62,6 +63,28 @@ def test_a_task_takes_tokenizer_and_attention_from_the_model(model: ModelSpec, t
 def test_parameters_come_by_name_in_the_order_asked_for() -> None:
     names = ("head.bias", "first.weight")
     assert tuple(p.name for p in named_parameters(ToyMlp(), names)) == names
+
+
+def test_states_are_kept_within_their_bytes(context: WorkerContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state(value: float) -> QueryState:
+        return QueryState({"rows": torch.full((10, 10), value)}, None, torch.zeros(10).double(), 1.0, (0,))
+
+    size = state(0.0).nbytes
+    assert size == 10 * 10 * 4 + 10 * 8
+    for label in ("a", "b"):
+        for i in range(4):
+            context.run.create(state_key(label, f"c{i}"), save_state(state(float(i))))
+    read: list[str] = []
+    monkeypatch.setattr("actors.context.load_state", lambda run, *at: (read.append(at[1]), load_state(run, *at))[1])
+    monkeypatch.setattr("actors.context.STATE_BYTES", 2 * size)
+    for _ in range(3):
+        for i in range(4):
+            assert context.state("a", f"c{i}").arrays["rows"][0, 0] == i
+            assert context.state("a", f"c{i}") is context.state("a", f"c{i}"), "the one in use stays"
+    assert read == ["c0", "c1", *["c2", "c3"] * 3]
+    context.state("b", "c0")
+    assert read[-1] == "c0", "another label's states take the place"
+    assert sum(one.nbytes for one in context._held["states"][1].values()) == size
 
 
 def test_hooks_keep_the_queries_they_multiply_with(monkeypatch: pytest.MonkeyPatch) -> None:

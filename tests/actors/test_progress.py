@@ -50,14 +50,35 @@ def test_the_closing_table_has_a_line_a_stage() -> None:
         StageReport("collect", 40, 10, 3000, 60_000, 3 * 2**20, 30.0, 2**30, 1, quarantined={7: "the loss", 9: "a"}),
         StageReport("score", 4, 0),
     ]
-    console = Console(file=io.StringIO(), width=200)
-    console.print(report_table(reports))
-    lines = console.file.getvalue().splitlines()
-    (collect,) = (line for line in lines if "collect" in line)
-    for part in ("40 (10 before)", "3,000", "100", "2,000", "3.0 MiB", "1.0 GiB", "2"):
-        assert part in collect
-    assert any("score" in line for line in lines)
-    assert "set aside, not finite: id 7: the loss; id 9: a" in lines[-1]
+    lines = printed(reports).splitlines()
+    (collect,) = (line for line in lines if line.startswith("collect"))
+    assert collect.split() == ["collect", "30/40", "30", "s", "3,000", "100", "2,000", "3.0", "MiB", "1.0", "GiB"]
+    assert any(line.startswith("score ") for line in lines)
+    assert lines[-2].startswith("units started again: 1 of collect")
+    assert lines[-1].startswith("2 rows set aside, not finite: id 7: the loss; id 9: a")
+
+
+def test_the_closing_table_fits_eighty_columns() -> None:
+    long = {"rows": 9_999_999, "tokens": 10**9, "bytes": 10**9, "seconds": 9000.0, "peak_memory": 2**34}
+    reports = [
+        StageReport(f"{kind}-gradient-cosine-validation-3f29a1", 999, skip, **long)
+        for kind, skip in (("collect", 444), ("prepare", 0), ("compute", 0), ("score", 0))
+    ]
+    text = printed(reports, width=80)
+    assert "…" not in text
+    assert len(text.splitlines()) == 5
+    assert "999" in text.splitlines()[-1]
+
+
+def printed(reports: list[StageReport], width: int = 200) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width).print(report_table(reports))
+    return out.getvalue()
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert len([line for line in shown(terminal=True).splitlines() if "rows/s, " in line]) == 6
 
 
 def test_a_stopped_stage_says_how_to_go_on() -> None:

@@ -1,11 +1,16 @@
+import tracemalloc
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from actors.score import ShardScores, add_up, load_scores, query_blocks, save_scores
+from actors import score
+from actors.score import Part, ShardScores, add_up, load_scores, query_blocks, save_scores
 from actors.specs import ScoreSpec
-from engine.methods.contract import QueryState
-from engine.topk import TopK
+from engine.methods.contract import QueryState, ScoreBlock
+from engine.topk import TopK, top_k
 from storage.gradients import DONE, QUARANTINED
 from storage.locations import Location
 
@@ -13,9 +18,58 @@ SPEC = ScoreSpec("l", "tracin", {}, ("a", "b"), "q", "train", None, True, top_k=
 IDS = np.array([10, 11, 12])
 
 
-def part(weight: float, scores: list[list[float]], state: tuple[int, ...] = (DONE, DONE, DONE), own=None):
-    losses = np.full(3, weight)
-    return weight, np.array(state, np.uint8), torch.tensor(scores), own, losses
+def part(weight: float, scores: Any, state: tuple[int, ...] = (DONE, DONE, DONE), own: Any = None) -> Part:
+    scores = torch.as_tensor(scores)
+    n, queries = scores.shape
+    blocks = (ScoreBlock(scores[:, window], own) for window in score.windows(queries, score._QUERY_BLOCK))
+    return Part(weight, np.array(state, np.uint8), np.full(n, weight), queries, blocks)
+
+
+def at_once(ids: np.ndarray, parts: list[tuple[float, np.ndarray]], good: np.ndarray, k: int) -> tuple[Any, ...]:
+    """Return sum, totals and top-k of all queries in one piece: what windows of queries must not change."""
+    total = parts[0][0] * parts[0][1].astype(np.float64)
+    for weight, scores in parts[1:]:
+        total = total + weight * scores.astype(np.float64)
+    return (
+        np.where(good[:, None], total, np.nan),
+        np.where(good, total.sum(1), np.nan),
+        top_k(ids[good], total[good], k),
+    )
+
+
+def test_windows_of_queries_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "_QUERY_BLOCK", 8)
+    monkeypatch.setattr(score, "_RANKED", 3)
+    generator = np.random.default_rng(0)
+    blocks = [(w, generator.normal(size=(30, 21)).astype(np.float32)) for w in (0.3, 0.7, 0.1)]
+    state = [DONE] * 30
+    state[4] = QUARANTINED
+    ids, good = np.arange(30) + 5, np.array(state) == DONE
+    spec = replace(SPEC, top_k=6)
+    found = add_up(ids, (part(w, s, tuple(state)) for w, s in blocks), spec)
+    total, totals, top = at_once(ids, blocks, good, 6)
+    assert found.dense is not None
+    assert found.dense.tobytes() == total.astype(np.float32).tobytes()
+    assert found.totals.tobytes() == totals.tobytes()
+    assert (found.top.ids == top.ids).all()
+    assert found.top.scores.tobytes() == top.scores.tobytes()
+    _, other, _ = at_once(ids, [(2 * w, s) for w, s in blocks], good, 6)
+    assert found.totals.tobytes() != other.tobytes()
+
+
+def test_memory_beside_the_sum_does_not_grow_with_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "_QUERY_BLOCK", 16)
+    monkeypatch.setattr(score, "_RANKED", 16)
+
+    def extra(queries: int) -> int:
+        scores = torch.zeros(200, queries)
+        tracemalloc.start()
+        add_up(np.arange(200), iter([part(1.0, scores, (DONE,) * 200)]), replace(SPEC, dense=False))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak - 200 * queries * 8
+
+    assert extra(1600) < 2 * extra(160)
 
 
 def test_blocks_are_weighed_and_added_before_the_ranking() -> None:

@@ -19,6 +19,27 @@ def test_a_stage_is_declared_once_and_compared_ever_after(tmp_path: Path) -> Non
     )
 
 
+def test_a_record_follows_what_moved_and_refuses_what_changed(tmp_path: Path) -> None:
+    run = Location(str(tmp_path))
+    model = {"task": "causal-lm", "task_settings": {"tokenizer": "/a/words", "max_tokens": 8}}
+    record = {"home": "/a/run", "model": model, "rows": 4}
+    moved = {"home": "/b", "model": model | {"task_settings": {"tokenizer": "/b", "max_tokens": 8}}, "rows": 4}
+    assert digest(record) == digest(moved)
+    declare_stage(run, "score", record)
+    declare_stage(run, "score", moved)
+    stored = run.read_json("stages/score.json")
+    assert stored == {**moved, "hash": digest(record)}
+    for changed in (moved | {"rows": 5}, moved | {"model": model | {"task_settings": {"max_tokens": 9}}}):
+        with pytest.raises(StageMismatch, match=r"was made with (rows=4|model.task_settings.max_tokens=8)"):
+            declare_stage(run, "score", changed)
+    assert run.read_json("stages/score.json") == stored
+
+
+def test_the_settings_of_a_users_own_task_all_count() -> None:
+    records = [{"model": {"task": "mine:Task", "task_settings": {"tokenizer": kind}}} for kind in ("words", "bytes")]
+    assert digest(records[0]) != digest(records[1])
+
+
 def test_the_first_difference_is_first_in_the_order_of_the_new_record() -> None:
     assert first_difference({"a": 1, "task": "x"}, {"task": "y", "a": 2}) == ("task", "x", "y")
     assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}}) == ("a.c", 2, None)

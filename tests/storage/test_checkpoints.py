@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from storage.checkpoints import find_checkpoints, fingerprint
+from storage.checkpoints import RECORD, find_checkpoints, fingerprint, logged_losses
 
 HISTORY = [
     {"step": 10, "loss": 1.0, "learning_rate": 1.0},
@@ -48,6 +48,28 @@ def test_a_trainer_folder_in_order_of_step(tmp_path: Path) -> None:
     assert found[1].path.local_path() == tmp_path / "out" / "checkpoint-10"
 
 
+def test_a_checkpoint_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:
+    folder, said = trainer_output(tmp_path / "out", [10, 20, 40], HISTORY), list[str]()
+    (folder / "checkpoint-40" / "trainer_state.json").unlink()
+    found = find_checkpoints(str(folder), say=said.append)
+    assert [(ref.step, ref.learning_rate) for ref in found] == [(10, 1.0), (20, 0.5)]
+    assert said == [
+        "checkpoint-40 left out: it has no trainer_state.json, which a Trainer writes last, so it is not finished"
+    ]
+    for step in (10, 20):  # a folder that no Trainer wrote
+        (folder / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    assert [ref.step for ref in find_checkpoints(str(folder), learning_rate=0.1, say=said.append)] == [10, 20, 40]
+    assert len(said) == 1
+
+
+def test_losses_are_those_that_the_last_checkpoint_logged_by_kind(tmp_path: Path) -> None:
+    found = find_checkpoints(str(trainer_output(tmp_path / "out", [10, 20, 40], HISTORY)))
+    assert logged_losses(found[-1]) == {"loss": [(10, 1.0)], "eval_loss": [(20, 2.0)]}
+    assert logged_losses(found[0]) == {"loss": [(10, 1.0)], "eval_loss": []}
+    [alone] = find_checkpoints(str(model(tmp_path / "final")))
+    assert logged_losses(alone) == {"loss": [], "eval_loss": []}
+
+
 def test_interpolation_weighs_by_distance(tmp_path: Path) -> None:
     history = [{"step": 0, "learning_rate": 1.0}, {"step": 10, "learning_rate": 0.0}]
     found = find_checkpoints(str(trainer_output(tmp_path / "out", [1, 9], history)))
@@ -59,6 +81,16 @@ def test_a_single_model_is_one_checkpoint(tmp_path: Path) -> None:
     assert (ref.name, ref.step, ref.learning_rate, ref.how) == ("final", 0, None, "unknown")
     [ref] = find_checkpoints(str(model(tmp_path / "checkpoint-40", HISTORY, 40)))
     assert (ref.step, ref.learning_rate, ref.how) == (40, 0.1, "logged")
+
+
+def test_a_recorded_rate_goes_before_the_log_wherever_the_folder_is_named(tmp_path: Path) -> None:
+    folder = trainer_output(tmp_path / "out", [10, 20], HISTORY)
+    (folder / "checkpoint-20" / RECORD).write_text(json.dumps({"step": 20, "learning_rate": 0.7, "groups": []}))
+    found = find_checkpoints(str(folder))
+    assert [(ref.learning_rate, ref.how) for ref in found] == [(1.0, "logged"), (0.7, "recorded")]
+    (alone,) = find_checkpoints(str(folder / "checkpoint-20"))
+    (listed,) = find_checkpoints([str(folder / "checkpoint-20")])
+    assert [(ref.step, ref.learning_rate, ref.how) for ref in (alone, listed)] == [(20, 0.7, "recorded")] * 2
 
 
 def test_an_explicit_list(tmp_path: Path) -> None:

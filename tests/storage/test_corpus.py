@@ -65,8 +65,6 @@ def test_segments_follow_one_another(run: Location) -> None:
     assert [(s.base, s.rows) for s in corpus.segments] == [(0, 5), (5, 4), (9, 3)]  # a document is never cut
     assert [s.ends for s in corpus.segments] == [False, False, True]
     assert corpus.rows == 12
-    assert corpus.lengths(corpus.segments[1]).tolist() == [3, 2, 3, 3]
-    assert corpus.lengths(corpus.segments[1]).dtype == np.int32
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (3, 5), (4, 8), (0, 11), (10, 11), (6, 6)])
@@ -125,6 +123,60 @@ def test_find(run: Location) -> None:
         corpus.row(12)
 
 
+def test_ids_that_several_records_have_are_counted_and_a_look_up_names_the_rows(run: Location) -> None:
+    assert ingest(run, "unique", source(9), encode, segment_rows=3).repeated == 0
+    records = [({**r, "id": "twice" if i in (2, 6, 7) else r["id"]}, w) for i, (r, w) in enumerate(source(9))]
+    report = ingest(run, "train", iter(records), encode, segment_rows=4)
+    assert (report.repeated, report.first_repeated) == (2, "twice")
+    corpus = Corpus.open(run, "train")
+    rows = [r["id"] for r in all_rows(corpus) if r["source_id"] == "twice" and r["chunk"] == 0]
+    with pytest.raises(
+        ValueError, match=f"'twice' names 3 records of corpus 'train': .* its row, {rows[0]}, {rows[1]}"
+    ):
+        corpus.find("twice")
+    corpus.erase([r["id"] for r in all_rows(corpus) if r["doc_id"] in (2, 7)])
+    assert corpus.find("twice") == rows[1], "the others have left"
+
+
+class Lost(OSError):  # noqa: N818
+    pass
+
+
+def test_an_ingest_that_lost_its_run_commits_nothing_more(run: Location) -> None:
+    left = [2]
+
+    def may_commit() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Lost
+
+    with pytest.raises(Lost):
+        ingest(run, "train", source(9), whole, segment_rows=2, may_commit=may_commit)
+    assert [s.name for s in segments_module.committed_segments(run, "train")] == ["000000.0", "000001.0"]
+    ingest(run, "train", source(9), whole, segment_rows=2)
+    assert [r["source_id"] for r in all_rows(Corpus.open(run, "train"))] == [f"s{i}" for i in range(9)]
+
+
+def test_records_that_are_skipped_at_the_end_make_a_segment_without_rows(run: Location) -> None:
+    records = [*source(4, start=1), ({"id": "empty", "text": "", "label": 0}, "line 5")]
+    ingest(run, "train", iter(records), encode, segment_rows=5)
+    corpus = Corpus.open(run, "train")
+    assert [s.rows for s in corpus.segments] == [5, 0]
+    assert corpus.find("s4") == 3
+    assert len(all_rows(corpus)) == corpus.rows == 5
+
+
+def test_rows_are_looked_up_without_listing_what_was_erased_again(
+    run: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ingest(run, "train", source(8), whole)
+    corpus, listed = Corpus.open(run, "train"), []
+    real = Location.list
+    monkeypatch.setattr(Location, "list", lambda self, prefix="": (listed.append(prefix), real(self, prefix))[1])
+    assert [corpus.row(i)["source_id"] for i in (2, 5, 3)] == ["s2", "s5", "s3"]
+    assert listed == ["corpus/train/erased"]
+
+
 def test_erased_examples_leave_every_answer(run: Location) -> None:
     ingest(run, "train", source(8), whole)
     corpus = Corpus.open(run, "train")
@@ -158,13 +210,11 @@ def test_a_killed_ingest_resumes_to_the_same_corpus(
         ingest(run, "train", dying(), encode, segment_rows=4)
     with pytest.raises(FileNotFoundError, match="no finished corpus 'train'"):
         Corpus.open(run, "train")
-    seen: list[int] = []
-    report = ingest(run, "train", source(9), encode, segment_rows=4, on_progress=seen.append)
+    report = ingest(run, "train", source(9), encode, segment_rows=4)
     expected, found = Corpus.open(whole_run, "train"), Corpus.open(run, "train")
     assert found.segments == expected.segments
     assert plain(all_rows(found)) == plain(all_rows(expected))
     assert report.examples == 15
-    assert seen[-1] == report.ingested
     assert after < 8 or report.ingested < 15
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from storage import locations
-from storage.locations import Location, ObjectConflict, ObjectRecord
+from storage.locations import Location, ObjectConflict
 
 
 def test_what_is_created_is_read_back(place: Location) -> None:
@@ -85,17 +85,6 @@ def test_json_is_plain_and_readable(place: Location) -> None:
     place.create("c.json", b"{")
     with pytest.raises(OSError, match="c.json is damaged, not JSON"):
         place.read_json("c.json")
-
-
-def test_damage_is_told_apart(place: Location) -> None:
-    record = ObjectRecord.of("a", b"abc")
-    assert place.damage(record) == "a is missing"
-    place.create("a", b"abc")
-    assert place.damage(record) is None
-    place.replace("a", b"abd")
-    assert place.damage(record) == "a differs from its recorded checksum"
-    place.replace("a", b"ab")
-    assert place.damage(record) == "a has 2 bytes, its record says 3"
 
 
 def test_locations_travel_to_workers(place: Location) -> None:
