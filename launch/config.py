@@ -5,18 +5,24 @@ never change a number beyond the tolerance the README states.
 """
 
 import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from inspect import getsource
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic import ConfigDict, Field, PositiveInt, ValidationError, create_model, field_validator
 
 from engine.methods.contract import METHODS
 from engine.models import import_path
 from engine.tasks.contract import BUILT_IN
 from engine.training import TrainSettings
-from launch.sections import Section, explain, section_in, section_of, unknown_name
+from launch.sections import Section, allowed, explain, section_in, section_of, unknown_name
 
+_MEANING = re.compile(r"^ +(\w+): .*[^\s]  # (.+)$", re.M)  # the comment behind an argument or a field of a class
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a folder in the run
 
 
@@ -58,6 +64,9 @@ class CheckpointsSection(Section):
         description="Hugging Face Trainer output folder, model folder, or a list of {path, learning_rate, step}",
     )
     learning_rate: float | None = Field(None, gt=0, description="η for checkpoints whose folder does not say it")
+    choose: int | None = Field(
+        None, ge=1, description="keep so many, where the logged loss falls steadily (TracIn, appendix D); default: all"
+    )
 
 
 class CorpusSection(Section):
@@ -120,8 +129,12 @@ class GradientsSection(Section):
     dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="dtype of stored rows")
     compression: Literal["none", "blosc-lz4"] = Field("none", description="of stored rows; saves about 6 %")
     norms: bool = Field(True, description="exact per-parameter norms: self-influence and cosine need them")
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="attention implementation of transformers models")
-    token_budget: int = Field(2048, ge=1, description="padded tokens a batch")
+    attention: Literal["auto", "sdpa", "sdpa-float32", "eager"] = Field(
+        "auto", description="of transformers models; auto: sdpa, in float32 for bfloat16 on a CPU"
+    )
+    token_budget: Literal["auto"] | PositiveInt = Field(
+        "auto", description="padded tokens a batch; auto: what is fastest on a CPU, what fits a GPU"
+    )
     shard_rows: int | None = Field(None, ge=1, description="rows a unit of work; default from bytes and tokens")
     coverage: int = Field(16, ge=0, description="examples that the coverage report samples; 0: none")
 
@@ -162,8 +175,14 @@ class ClusterSection(Section):
 class OutputSection(Section):
     """What the index holds; never changes a score."""
 
-    top_k: int = Field(100, ge=1, description="proponents and opponents kept per query")
-    label: str | None = Field(None, pattern=NAME, description="default <method>-<queries>-<hash>")
+    top_k: int = Field(
+        100,
+        ge=1,
+        description="proponents and opponents kept per query; another number is another label: all is ranked anew",
+    )
+    label: str | None = Field(
+        None, pattern=NAME, description="name of these scores in the run; default <method>-<queries>-<hash>"
+    )
     dense: bool = Field(False, description="also keep every score, N × Q float32")
     neighbours: Literal["exact", "ivf", "sqfp16"] = Field(
         "exact", description="index for new queries (FAISS but exact)"
@@ -247,7 +266,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or len(keys) < 2 or not all(keys):
-        raise ValueError(f"override {override!r} is not allowed: write it as section.key=value")
+        whole = section_in(Config.model_fields[path].annotation) if path in Config.model_fields else None
+        meant = f"{path}.{whole.shorthand}={text}" if equals and whole and whole.shorthand else "section.key=value"
+        raise ValueError(f"override {override!r} is not allowed: write it as {meant}")
     here = data
     for key in keys[:-1]:
         below = here.get(key)
@@ -262,13 +283,41 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def describe_config() -> str:
-    """Return every section and field with default and meaning, as `--help` prints it."""
+    """Return every section and field with its meaning, what it takes and its default, as `--help` prints it.
+
+    Beneath `method` and `task` stand what each method and built-in task takes besides.
+    """
     lines = ["A config is YAML with these sections; any field can be set on the command line as section.key=value."]
+    own = {"method": METHODS, "task": BUILT_IN}
     for name, section in Config.model_fields.items():
         kind = section_in(section.annotation)
         assert kind is not None
-        lines += ["", f"{name}: {(kind.__doc__ or '').strip().splitlines()[0]}"]
-        for key, field in kind.model_fields.items():
-            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-            lines.append(f"  {key:<17} {field.description} [{default}]")
+        shorthand = f" A text for the whole section is its {kind.shorthand}." if kind.shorthand else ""
+        lines += ["", *wrap(f"{name}: {_first_line(kind)}{shorthand}", 100), *describe_fields(kind)]
+        for choice, path in own.get(name, {}).items():
+            made = import_path(path)
+            lead = "method" if name == "method" else "task.settings"
+            lines += ["", *wrap(f"  {lead} of {choice}: {_first_line(made)}", 100, subsequent_indent="  ")]
+            lines += describe_fields(section_of(made), "    ", dict(_MEANING.findall(getsource(made))))
     return "\n".join(lines)
+
+
+def describe_fields(kind: type[Section], indent: str = "  ", meanings: Mapping[str, str] | None = None) -> list[str]:
+    """Return the lines about a section's fields: meaning, allowed values, default."""
+    lines = []
+    for key, field in kind.model_fields.items():
+        meaning = field.description or (meanings or {}).get(key)
+        default = "required" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True))
+        text = "; ".join([*([meaning] if meaning else []), allowed(field.annotation, field.metadata)])
+        lead = f"{indent}{key:<17} "
+        lines += wrap(f"{lead}{text} [{default}]", 100, subsequent_indent=" " * len(lead), break_on_hyphens=False)
+    return lines
+
+
+def _first_line(made: Any) -> str:
+    return (made.__doc__ or "").strip().partition("\n")[0]
+
+
+def _as_yaml(value: Any) -> str:
+    """Return a default as a config would say it."""
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from actors.cluster import connect, nodes, resources, worker_plan
-from actors.context import make_task
+from actors.context import cache_folder, make_task
 from actors.index import Fields, IndexJob, build_index
-from actors.neighbours import build_neighbour_index
+from actors.neighbours import answer_with
 from actors.plan import checkpoint_units, shard_rows, shard_units, shards
 from actors.pool import InProcessPool, Pool
 from actors.progress import StageProgress, StageReport, report_table
@@ -27,12 +27,15 @@ from engine.methods.contract import Method, load_method
 from engine.projection import Projection
 from engine.tasks.contract import Task
 from launch.config import Config
+from launch.messages import tell
 from launch.paths import refuse_relative_paths, refuse_unseen_paths
-from launch.sources import TRAIN, cache_folder, ingest_set, model_spec, record_identity, same_model
+from launch.sources import TRAIN, ingest_set, model_spec, record_identity, same_model
 from storage.corpus import Corpus
 from storage.gradients import GradientStore, StoreSettings
+from storage.index import ScoreIndex
 from storage.journal import Claim, EventLog, Journal, RunLease
 from storage.locations import Location
+from storage.readers import source_files
 
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -75,29 +78,31 @@ class Job:
         self.reports.append(report)
 
 
-def score(config: Config, say: Callable[[str], None] = print) -> str:
+def score(config: Config, say: Callable[[str], None] = tell) -> str:
     """Run the whole job and return the label of its scores.
 
     Raises ValueError for a mistake in config or data, OSError for storage, StageStopped when a stage gives up; the same
-    call then resumes.
+    call then resumes. What can be known to be wrong before anything is written is refused without a run.
     """
     if config.queries is None:
         raise ValueError("queries is missing: say which predictions are asked about, for example queries: test.jsonl")
     refuse_relative_paths(config)
+    model, folders = model_spec(config, say)
+    method = load_method(config.method.name, config.method.settings())
+    check_method(method, model, config)
+    task = make_task(model, folders[0], cache_folder())
+    for source in [config.queries] if config.run.store else [config.corpus, config.queries]:
+        source_files(source.path)  # raises if there are none
     run = Location.parse(config.run.uri)
     run.probe()
     with RunLease(run) as lease:
-        model, folders = model_spec(config, say)
-        method = load_method(config.method.name, config.method.settings())
-        check_method(method, model, config)
-        task = make_task(model, folders[0], cache_folder())
         record_identity(run, model, folders[0], task)
         home = Location.parse(config.run.store) if config.run.store else run
         if config.run.store:
             same_model(home, run, model)
         else:
-            ingest_set(run, TRAIN, config.corpus, task, config.task.name, folders[0], say)
-        ingest_set(run, config.queries.name, config.queries, task, config.task.name, folders[0], say)
+            ingest_set(run, TRAIN, config.corpus, task, config.task.name, folders[0], say, lease.check)
+        ingest_set(run, config.queries.name, config.queries, task, config.task.name, folders[0], say, lease.check)
         driver = f"{socket.gethostname()}-{lease.number}"  # never two at once under one name
         with worker_pool(config, run, model) as pool, EventLog(run, driver) as events:
             job = Job(config, run, pool, model, StageProgress(), events, lease, shown_fields(task))
@@ -108,7 +113,8 @@ def score(config: Config, say: Callable[[str], None] = print) -> str:
             if config.gradients.store and config.run.store:
                 check_store(config, home, seen)
             label = score_and_index(job, gradients, seen, home, say)
-            job.progress.console.print(report_table(job.reports))
+            looked = [report for report in job.reports if not report.stage.startswith("inspect-")]  # it has no rows
+            job.progress.console.print(report_table(looked))
         return label
 
 
@@ -161,6 +167,8 @@ def inspect(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
         "projection": asdict(projection(config)),
         "stored": config.gradients.store or config.gradients.projection != "none",
         "coverage": config.gradients.coverage,
+        "token_budget": config.gradients.token_budget,
+        "norms": config.gradients.norms,
         "checkpoints": [c.fingerprint for c in job.model.checkpoints],
         "model": job.model.record(),
     }
@@ -184,6 +192,14 @@ def inspect(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
         if share < 0.95:
             missing = ", ".join(f"{n} {s:.1%}" for n, s in seen["coverage"]["missing"])
             say(f"warning: coverage below 95 %. Not looked at: {missing}. Widen gradients.modules if that matters.")
+        if silent := seen["coverage"]["silent"]:
+            more = f" and {len(silent) - 5} more" if len(silent) > 5 else ""
+            say(
+                f"warning: the gradient of {', '.join(silent[:5])}{more} is zero on all {seen['coverage']['examples']} "
+                f"examples, so these add nothing (a LoRA A while its B is still zero, an expert that none of them met)."
+            )
+    if seen["alone"]:
+        say(f"every example is run alone, which is slower: {seen['alone']}")
     return seen
 
 
@@ -194,7 +210,8 @@ def projection(config: Config) -> Projection:
 
 def gradient_spec(config: Config, seen: dict[str, Any]) -> GradientSpec:
     g = config.gradients
-    return GradientSpec(tuple(seen["parameters"]), projection(config), g.norms, g.token_budget)
+    budget = 1 if seen["alone"] else seen["token_budget"]  # of one token: a batch for every example
+    return GradientSpec(tuple(seen["parameters"]), projection(config), g.norms, budget)
 
 
 def store_settings(config: Config, seen: dict[str, Any], shard_rows: int) -> StoreSettings:
@@ -248,7 +265,10 @@ def score_and_index(
         "queries": config.queries.name, "corpus": TRAIN, "home": config.run.store, "stored": stored,
         "top_k": config.output.top_k, "dense": config.output.dense,
     }  # fmt: skip
-    record = what | {"gradients": asdict(gradients), "model": job.model.record(), "shard_rows": rows}
+    record = what | {
+        "gradients": asdict(gradients), "model": job.model.record(), "shard_rows": rows,
+        "home_fingerprint": corpus.fingerprint if config.run.store else None,
+    }  # fmt: skip
     label = config.output.label or f"{config.method.name}-{config.queries.name}-{digest(record)[:6]}"
     declare_stage(job.run, f"score-{label}", record, "another output.label")
     spec = ScoreSpec(label=label, **what)
@@ -263,9 +283,11 @@ def score_and_index(
         job.run, job.model, spec, method.score_unit, granularity, asdict(gradients.projection), pieces, job.fields
     )
     job.lease.check()
-    build_index(index)
-    if config.output.neighbours != "exact":
-        build_neighbour_index(index, config.output.neighbours, say)
+    if label not in ScoreIndex.labels(job.run):
+        build_index(index)
+    for key in job.run.list(f"scores/{label}/blocks"):  # what the shards were added up from; the index stands
+        job.run.delete(key)
+    answer_with(index, config.output.neighbours, say)
     return label
 
 

@@ -5,7 +5,7 @@ import secrets
 from pathlib import Path
 
 from actors.cluster import nodes_that_cannot_read
-from actors.specs import ModelSpec
+from actors.specs import FOLDERS, ModelSpec
 from launch.config import Config
 from storage.locations import Location
 
@@ -28,7 +28,7 @@ def refuse_relative_paths(config: Config) -> None:
         "run.store": [config.run.store],
         "checkpoints.path": listed,
     }
-    paths |= {f"task.settings.{key}": [config.task.settings.get(key)] for key in ("tokenizer", "model")}
+    paths |= {f"task.settings.{key}": [config.task.settings.get(key)] for key in FOLDERS}
     paths |= {"corpus.path": [config.corpus.path], "queries.path": [config.queries.path if config.queries else None]}
     for key, values in paths.items():
         for path in values:

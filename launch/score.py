@@ -6,20 +6,20 @@
 Run it again after any interruption: what is done is kept, and the result is the same.
 """
 
+from launch.command import find_modules_here, run_command  # isort: split
+
 import sys
 from typing import Annotated
 
 import typer
 
-from launch.command import find_modules_here
 from launch.config import describe_config, load_config
 from launch.job import score
 from launch.messages import plain_errors
+from storage.index import ScoreIndex
+from storage.locations import Location
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def main(
     config: Annotated[str | None, typer.Argument(help="YAML file")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
@@ -32,7 +32,13 @@ def main(
         settings = load_config(config, overrides)
         label = score(settings)
         print(f"scores {label} are in {settings.run.uri}")
-        print(f"ask: python launch/query.py {settings.run.uri} --query 0")
+        print(f"ask: {query_command(settings.run.uri, label)}")
+
+
+def query_command(run: str, label: str) -> str:
+    """Return the command that asks these scores about the first query."""
+    several = len(ScoreIndex.labels(Location.parse(run))) > 1
+    return f"python launch/query.py {run} --query 0" + (f" --scores {label}" if several else "")
 
 
 if __name__ == "__main__":
@@ -40,4 +46,4 @@ if __name__ == "__main__":
         print(__doc__)
         print(describe_config())
     else:
-        app()
+        run_command(main)

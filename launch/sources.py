@@ -1,32 +1,36 @@
 """What a job starts from: checkpoints with their learning rates, corpora ingested into the run, and the run's identity."""
 
 import hashlib
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from actors.specs import CheckpointSpec, ModelSpec, declare, first_difference
+from actors.context import cache_folder, checkpoint_fingerprint
+from actors.specs import (
+    FOLDERS,
+    CheckpointSpec,
+    CheckpointVerdict,
+    ModelSpec,
+    declare,
+    first_difference,
+)
+from engine.checkpoint_choice import choose_checkpoints, losses_at
 from engine.limits import read_limits
 from engine.models import architecture_of
 from engine.tasks.contract import Task, encode
 from launch.config import Config, CorpusSection
-from storage.checkpoints import find_checkpoints, fingerprint
+from storage.checkpoints import CheckpointRef, find_checkpoints, logged_losses
 from storage.corpus import ingest
 from storage.locations import Location
 from storage.readers import read_records, source_files
 from storage.rows import OWN
+from storage.run_format import FORMAT, check_format
 
 TRAIN = "train"
 _EDGE = 1 << 20  # bytes at either end of a source file that its fingerprint covers
 _TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
-
-
-def cache_folder() -> Path:
-    """Return where remote checkpoints are copied to on this machine."""
-    return Path(tempfile.gettempdir()) / "influence-engine"
 
 
 def model_spec(config: Config, say: Callable[[str], None]) -> tuple[ModelSpec, list[Path]]:
@@ -37,7 +41,10 @@ def model_spec(config: Config, say: Callable[[str], None]) -> tuple[ModelSpec, l
     given = config.checkpoints.path
     if given is None:
         raise ValueError("checkpoints is missing: name a Trainer output folder, a model folder, or a list")
-    found = find_checkpoints(given, config.checkpoints.learning_rate)
+    found, choice = find_checkpoints(given, config.checkpoints.learning_rate, say), tuple[CheckpointVerdict, ...]()
+    if config.checkpoints.choose is not None:
+        choice = choose(found, config.checkpoints.choose)
+        found = [ref for ref, verdict in zip(found, choice, strict=True) if verdict.kept]
     folders = [c.path.fetch(cache_folder()) for c in found]
     shapes = [architecture_of(folder) for folder in folders]
     for checkpoint, own in zip(found, shapes, strict=True):
@@ -46,15 +53,38 @@ def model_spec(config: Config, say: Callable[[str], None]) -> tuple[ModelSpec, l
                 f"checkpoint {checkpoint.name} is of another architecture than {found[0].name}: its weights have other "
                 f"names or shapes. All checkpoints of a run must be of one model."
             )
+    for verdict in choice:
+        loss = "" if verdict.loss is None else f" at loss {verdict.loss:.4g}"
+        say(f"{verdict.name}: {'kept' if verdict.kept else 'left out'}{loss}, {verdict.why}")
     for c in found:
         rate = "unknown" if c.learning_rate is None else f"{c.learning_rate:g} ({c.how})"
         say(f"{c.name}: step {c.step}, learning rate {rate}")
+    settings = config.task.settings
     specs = tuple(
-        CheckpointSpec(c.name, c.path.uri, c.step, c.learning_rate, fingerprint(folder))
+        CheckpointSpec(
+            c.name, c.path.uri, c.step, c.learning_rate, checkpoint_fingerprint(folder, settings, cache_folder())
+        )
         for c, folder in zip(found, folders, strict=True)
     )
     g = config.gradients
-    return ModelSpec(config.task.name, config.task.settings, specs, g.compute, g.attention), folders
+    return ModelSpec(config.task.name, config.task.settings, specs, g.compute, g.attention, choice), folders
+
+
+def choose(found: list[CheckpointRef], count: int) -> tuple[CheckpointVerdict, ...]:
+    """Return a verdict on every checkpoint, `count` of them kept, from the losses that the last one's log holds.
+
+    The training loss, unless the evaluation loss is logged for more of them. Raises ValueError if no loss is logged.
+    """
+    steps = [ref.step for ref in found]
+    by_kind = [losses_at(steps, curve) for curve in logged_losses(found[-1]).values()]
+    losses = min(by_kind, key=lambda losses: losses.count(None))
+    if losses.count(None) == len(losses):
+        raise ValueError(
+            f"checkpoints.choose={count} is not possible: {found[-1].name} logs no loss at these steps (in the "
+            f"log_history of its trainer_state.json). List the checkpoints to use under checkpoints.path instead."
+        )
+    verdicts = zip(found, losses, choose_checkpoints(losses, count), strict=True)
+    return tuple(CheckpointVerdict(ref.name, ref.step, loss, v.kept, v.why) for ref, loss, v in verdicts)
 
 
 def record_identity(run: Location, model: ModelSpec, folder: Path, task: Task) -> None:
@@ -62,12 +92,14 @@ def record_identity(run: Location, model: ModelSpec, folder: Path, task: Task) -
 
     A run without any row is about nothing yet: what a job that failed before wrote of it is forgotten.
     """
+    check_format(run)
     if not holds_rows(run, "corpus"):
         for key in ["manifest.json", *run.list("checkpoints"), *run.list("stages")]:
             run.delete(key)
-    settings = {k: v for k, v in model.task_settings.items() if k not in ("tokenizer", "model")}
+    settings = {k: v for k, v in model.task_settings.items() if k not in FOLDERS}
     tokenizer = getattr(getattr(task, "tokenizer", None), "name_or_path", None)
     identity = {
+        "format": FORMAT,
         "task": model.task,
         "max_tokens": getattr(task, "max_tokens", None),
         "granularity": getattr(task, "granularity", "document"),
@@ -108,6 +140,7 @@ def ingest_set(
     task_name: str,
     folder: Path,
     say: Callable[[str], None],
+    may_commit: Callable[[], None] = lambda: None,  # raises once another driver holds the run
 ) -> None:
     """Stage 0: stream records once into rows. A set that is already there stays as it is.
 
@@ -119,7 +152,7 @@ def ingest_set(
         run.delete(f"stages/ingest-{name}.json")
     other = "another run" if name == TRAIN else "another queries.name"
     declare(run, f"stages/ingest-{name}.json", record, f"corpus {name!r} of run {run.uri}", other)
-    limits = read_limits(folder)
+    limits = read_limits(Path(getattr(task, "base", None) or folder))
     records = islice(read_records(section.path, split=section.split), section.limit)
     own_task = ":" in task_name
 
@@ -128,11 +161,16 @@ def ingest_set(
             refuse_reserved(record)
         return limits.check(encode(task, record))
 
-    report = ingest(run, name, records, rows_of)
+    report = ingest(run, name, records, rows_of, may_commit=may_commit)
     say(
         f"{name}: {report.examples:,} examples of {report.documents:,} records, {report.tokens:,} tokens, "
         f"{report.truncated:,} truncated, {report.chunked:,} chunked"
     )
+    if report.repeated:
+        say(
+            f"warning: {name}: {report.repeated:,} records have the id of an earlier one, the first "
+            f"{report.first_repeated!r}: source:{report.first_repeated} names several, a row number one"
+        )
 
 
 def refuse_reserved(record: dict) -> None:
@@ -143,11 +181,11 @@ def refuse_reserved(record: dict) -> None:
 
 
 def content(path: str) -> str:
-    """Return a fingerprint of a source: every file's name, size, first and last MiB."""
+    """Return a fingerprint of a source: every file's suffix, size, first and last MiB, in the order of their names."""
     location, keys = source_files(path)
     digest = hashlib.sha256()
     for key in keys:
-        digest.update(f"{key} {location.size(key)}".encode())
+        digest.update(f"{Path(key).suffix} {location.size(key)}".encode())
         digest.update(location.read_range(key, 0, _EDGE) + location.read_range(key, -_EDGE))
     return digest.hexdigest()[:16]
 
@@ -159,6 +197,7 @@ def same_model(home: Location, run: Location, model: ModelSpec) -> None:
     """
     if not home.exists("manifest.json"):
         raise ValueError(f"run.store={home.uri} holds no run: check the path")
+    check_format(home)
     theirs, ours = (where.read_json("manifest.json") for where in (home, run))
     if theirs != ours:
         what, stored, here = first_difference(theirs, ours)

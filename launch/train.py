@@ -6,6 +6,8 @@ Each checkpoint is a folder `checkpoint-<step>` with weights and a trainer_state
 the form in which the Hugging Face Trainer leaves them.
 """
 
+from launch.command import find_modules_here, run_command  # isort: split
+
 import json
 from collections.abc import Callable
 from itertools import islice
@@ -14,23 +16,22 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 from rich.progress import Progress
 
-from actors.context import make_task
+from actors.context import cache_folder, make_task
 from actors.specs import ModelSpec
 from engine.limits import InputLimits, read_limits
 from engine.models import save_checkpoint
 from engine.tasks.contract import Task, encode, initialise
 from engine.training import Step, train
-from launch.command import find_modules_here
 from launch.config import Config, load_config
-from launch.messages import plain_errors
-from launch.sources import cache_folder
+from launch.messages import plain_errors, tell
 from storage.locations import Location
 from storage.readers import read_records
 
 
-def train_model(config: Config, say: Callable[[str], None] = print) -> Path:
+def train_model(config: Config, say: Callable[[str], None] = tell) -> Path:
     """Train, write the checkpoints and return their folder.
 
     Raises ValueError if the folder already holds checkpoints: a finished training is never written over.
@@ -49,7 +50,7 @@ def train_model(config: Config, say: Callable[[str], None] = print) -> Path:
     rows = training_rows(config, task, read_limits(base) if base else InputLimits(None, None))
     settings = config.train.settings()
     log: list[dict[str, Any]] = []
-    with Progress(transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("training", total=settings.epochs * -(-len(rows) // settings.batch_size))
         for step in train(model, task.loss, task.collate, rows, settings):
             log.append({"step": step.step, "epoch": step.epoch, "learning_rate": step.learning_rate, "loss": step.loss})
@@ -103,4 +104,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -1,5 +1,6 @@
 """Reading a finished run's scores, and the oracle's answer to the same question."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ def self_influence(run: Run, label: str = "scores") -> np.ndarray:
 def digests(run: Run, *folders: str) -> dict[str, bytes]:
     """Return the bytes of every object under these folders."""
     return {key: run.location.read(key) for folder in folders for key in run.location.list(folder)}
+
+
+def events(run: Run) -> list[dict[str, Any]]:
+    """Return all that the run's drivers wrote down."""
+    keys = run.location.list("events")
+    return [json.loads(line) for key in keys for line in run.location.read(key).splitlines()]
 
 
 def everything(run: Run, name: str) -> list[dict[str, Any]]:

@@ -17,8 +17,7 @@ import torch
 from launch.config import make_config
 from launch.job import score
 from launch.run import Run
-from storage.journal import read_events
-from tests.end_to_end.answers import dense
+from tests.end_to_end.answers import dense, events
 from tests.end_to_end.conftest import Settings, Told, run_job, sentence, small, write_texts
 
 
@@ -156,10 +155,10 @@ def test_rows_that_are_not_finite_are_set_aside_and_named(
     assert "cluster.max_bad_fraction=0.001 of the stage is allowed" in message
     capsys.readouterr()
     run = run_job(config | {"cluster": {"backend": "in-process", "max_bad_fraction": 0.5}})
-    closing = capsys.readouterr().err.rpartition("stages")[2]
+    closing = capsys.readouterr().err.rpartition("tokens/s")[2]
     assert "set aside, not finite: id 3: the loss under checkpoint-10" in closing
-    events = [event for event in read_events(run.location) if event["kind"] == "quarantined"]
-    assert events[0]["rows"] == {"3": "the loss under checkpoint-10"}
+    noted = [event for event in events(run) if event["kind"] == "quarantined"]
+    assert noted[0]["rows"] == {"3": "the loss under checkpoint-10"}
     example = run.index().example(3)
     assert example["quarantined"]
     assert example["total"] is None

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from launch.run import Run
 from storage import journal, local
 from storage.journal import RunLease
-from storage.locations import Location
+from storage.locations import Location, to_json
+from storage.run_format import NewerFormat
 from tests.conftest import tiny_bert
-from tests.end_to_end.answers import dense
+from tests.end_to_end.answers import dense, digests
 from tests.end_to_end.conftest import Settings, Told, run_job, small, write_texts
 
 
@@ -67,6 +69,70 @@ def test_weights_that_changed_since_the_run_began(settings: Settings, told: Told
     run_job(config)
 
 
+def test_folders_and_files_that_moved_or_are_spelled_otherwise_are_the_same(
+    settings: Settings, inputs: Path, tmp_path: Path, told: Told
+) -> None:
+    shutil.copytree(inputs, tmp_path / "here")
+    asked = {"path": str(tmp_path / "here/queries.jsonl")}
+    paths = {
+        "checkpoints": str(tmp_path / "here/model"),
+        "corpus": str(tmp_path / "here/train.jsonl"),
+        "queries": asked,
+    }
+    words = {"settings": {"max_tokens": 16, "tokenizer": str(tmp_path / "here/model/checkpoint-10")}}
+    run = run_job(small(settings, **paths, task=words))
+    before = digests(run, "gradients", "states", "scores", "index", "corpus")
+    (tmp_path / "here").rename(tmp_path / "there")
+    there = f"{tmp_path}/./there"
+    moved = {"checkpoints": f"{there}/model/", "corpus": f"{there}/train.jsonl"}
+    moved |= {"queries": {"path": f"{there}/queries.jsonl"}}
+    words = {"settings": {"max_tokens": 16, "tokenizer": f"{there}/model/checkpoint-30"}}
+    again = run_job(small(settings, **moved, task=words))
+    assert digests(again, "gradients", "states", "scores", "index", "corpus") == before
+    assert [c.uri.rpartition("/")[0] for c in again.checkpoints()] == [f"{tmp_path}/there/model"] * 3
+    assert again.score(["the film was dull"], k=2)[0].proponents, "new texts are answered from where things lie now"
+    write_texts(tmp_path / "there/train.jsonl", 44)
+    assert "was made with content=" in told(small(settings, **moved, task=words))
+
+
+def test_another_runs_store_may_move_but_not_change(
+    settings: Settings, told: Told, tmp_path: Path, inputs: Path
+) -> None:
+    own = run_job(small(settings, run=str(tmp_path / "first")))
+    second = {"uri": settings()["run"], "store": own.location.uri}
+    before = digests(run_job(small(settings, run=second)), "scores", "index")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    second["store"] = str(tmp_path / "moved")
+    assert digests(run_job(small(settings, run=second)), "scores", "index") == before
+    fewer = write_texts(tmp_path / "fewer.jsonl", 30)
+    run_job(small(settings, run=str(tmp_path / "other"), corpus=str(fewer)))
+    second["store"] = str(tmp_path / "other")
+    assert "was made with " in told(small(settings, run=second))
+
+
+def test_a_config_that_fails_at_once_leaves_no_run(settings: Settings, told: Told, tmp_path: Path) -> None:
+    gone = str(tmp_path / "nowhere")
+    wrong = [
+        {"checkpoints": gone}, {"corpus": gone}, {"queries": {"path": gone}},
+        {"method": {"name": "gradient-dot", "checkpoint": 5}}, {"task": {"settings": {"tokenizer": gone}}},
+    ]  # fmt: skip
+    for sections in wrong:
+        told(small(settings, **sections))
+        assert not Path(settings()["run"]).exists(), sections
+
+
+def test_a_run_of_a_later_version_is_refused(settings: Settings, told: Told) -> None:
+    run = run_job(small(settings))
+    manifest = run.location.read_json("manifest.json")
+    assert manifest["format"] == 1
+    run.location.replace("manifest.json", to_json(manifest | {"format": 2}))
+    message = "is a run of format 2, this version reads up to 1. Install a later one, or use another run."
+    assert message in told(small(settings))
+    with pytest.raises(NewerFormat, match="format 2"):
+        Run.open(run.location.uri)
+    assert message in told(small(settings, run={"uri": settings()["run"] + "-new", "store": run.location.uri}))
+
+
 def test_a_run_of_another_identity(settings: Settings, told: Told, inputs: Path, tmp_path: Path) -> None:
     run_job(small(settings))
     longer = told(small(settings, task={"settings": {"max_tokens": 12}}))
@@ -109,7 +175,7 @@ def test_a_source_that_changed_under_the_same_name(
 def test_another_runs_store_of_other_rows(settings: Settings, told: Told) -> None:
     own = run_job(small(settings))
     other = {"uri": settings()["run"] + "-other", "store": own.location.uri}
-    assert "was built with gradients.seed=0, this run has 1" in told(small(settings, run=other | {"seed": 1}))
+    assert "was built with run.seed=0, this run has 1" in told(small(settings, run=other | {"seed": 1}))
     message = told(small(settings, run=other, gradients={"modules": ["classifier"], "projection": "gaussian"}))
     assert 'gradients.projection="two-sided", this run has "gaussian"' in message
     run_job(small(settings, run=other))

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from launch import Run, job
-from storage.journal import PATIENCE, read_events
+from storage.journal import PATIENCE
 from tests.end_to_end import drivers
-from tests.end_to_end.answers import dense, digests, oracle_scores
+from tests.end_to_end.answers import dense, digests, events, oracle_scores
 from tests.end_to_end.conftest import Settings, run_job, tiny_job
 from tests.end_to_end.drivers import Folder, Head, gated_task, hold, holder, let_go
 from tests.end_to_end.gated import tally
@@ -88,7 +88,7 @@ def test_a_worker_killed_in_the_middle_of_collect_changes_nothing(
     run = run_job(config)
     killer.join()
     assert left(tmp_path / "run") == expected
-    lost = [event for event in read_events(run.location) if event["kind"] == "lost"]
+    lost = [event for event in events(run) if event["kind"] == "lost"]
     assert [event["stage"] for event in lost] == ["collect-train"]
     assert killed[0] != os.getpid()
     assert len(run.location.list("journal/collect-train")) == UNITS
@@ -136,6 +136,24 @@ def test_a_killed_driver_then_an_interrupted_one_then_the_end(
     assert len(again) - len(set(again)) <= 2 * 2  # in flight at the interrupt, or a leftover's
     leases = [json.loads((folder.run / f"journal/run/lease.{n}").read_text()) for n in range(3)]
     assert [lease["released"] for lease in leases] == [False, True, True]
+
+
+def test_a_terminated_driver_says_so_and_the_job_resumes(
+    inputs: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    folder = Folder.make(tmp_path, inputs)
+    hold(folder.gate, row=20, times=1)
+    driver = folder.start()
+    driver.reaches(folder.gate)
+    driver.process.terminate()
+    status, said = driver.ends()
+    assert status == 143, said
+    assert said.splitlines()[-1] == "interrupted: what was done is kept; run the same command again to resume"
+    assert "SIGTERM" not in said, "no stack of Ray's"
+    assert json.loads((folder.run / "journal/run/lease.0").read_text())["released"]
+    let_go(folder.gate)
+    assert folder.start().ends()[0] == 0
+    assert left(folder.run) == expected
 
 
 @pytest.fixture(scope="module")

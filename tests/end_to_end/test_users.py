@@ -40,7 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def train_with_hugging_face(folder: Path, tokenizer_folder: Path) -> None:
+def train_with_hugging_face(folder: Path, tokenizer_folder: Path, epochs: int = 2) -> None:
     """Train with the real Trainer and leave its output folder `out` as it is."""
     from transformers import AutoTokenizer, Trainer, TrainingArguments
 
@@ -48,7 +48,7 @@ def train_with_hugging_face(folder: Path, tokenizer_folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     data = [{"input_ids": tokenizer(r["text"])["input_ids"], "labels": r["label"]} for r in rows]
     arguments = TrainingArguments(
-        output_dir=str(folder / "out"), num_train_epochs=2, per_device_train_batch_size=8, learning_rate=1e-2,
+        output_dir=str(folder / "out"), num_train_epochs=epochs, per_device_train_batch_size=8, learning_rate=1e-2,
         save_strategy="epoch", logging_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     model = tiny_bert()

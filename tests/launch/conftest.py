@@ -17,3 +17,12 @@ def scored(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     head = {"modules": ["classifier"]}
     run_job(tiny_job(inputs, place, gradients=head, output={"label": "first"}))
     return run_job(tiny_job(inputs, place, gradients=head, output={"label": "second"}, method={"name": "gradient-dot"}))
+
+
+@pytest.fixture(scope="session")
+def served(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run for the service: `first` of TracIn, `second` of the dot product, `offline` made without a store."""
+    place, head = tmp_path_factory.mktemp("served") / "tiny" / "run", {"modules": ["classifier"]}
+    run_job(tiny_job(inputs, place, gradients=head, output={"label": "first"}))
+    run_job(tiny_job(inputs, place, gradients=head, output={"label": "second"}, method={"name": "gradient-dot"}))
+    return run_job(tiny_job(inputs, place, gradients=head | {"store": False}, output={"label": "offline"}))

@@ -3,6 +3,8 @@ from typing import Any
 
 import pytest
 
+from engine.methods.contract import METHODS
+from engine.tasks.contract import BUILT_IN
 from launch.config import describe_config, load_config, make_config
 
 LEAST: dict[str, Any] = {"run": "runs/a", "corpus": "train.jsonl", "queries": "test.jsonl"}
@@ -175,6 +177,13 @@ def test_a_file_that_is_no_config(file: Path, content: bytes, message: str) -> N
     assert all(line.strip() for line in str(error.value).splitlines())
 
 
+def test_an_override_of_a_whole_section_says_what_was_meant(file: Path) -> None:
+    with pytest.raises(ValueError, match=r"override 'method=tracin' is not allowed: write it as method\.name=tracin$"):
+        load_config(str(file), ["method=tracin"])
+    with pytest.raises(ValueError, match=r"'output=5' is not allowed: write it as section\.key=value$"):
+        load_config(str(file), ["output=5"])
+
+
 def test_an_override_that_is_no_yaml(file: Path) -> None:
     with pytest.raises(ValueError, match=r"override 'run.uri=\[' is not valid YAML: [^\n]*$"):
         load_config(str(file), ["run.uri=["])
@@ -187,5 +196,19 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_help_names_every_field_with_its_default() -> None:
     text = describe_config()
-    for part in ("run: Where everything", "token_budget", "[2048]", "queries: The predictions", "uri  ", "[required]"):
+    for part in ("run: Where everything", "token_budget", "[32]", "queries: The predictions", "uri  ", "[required]"):
         assert part in text
+
+
+def test_help_says_what_every_field_takes_and_what_methods_and_tasks_have_besides() -> None:
+    text = " ".join(describe_config().split())
+    for part in (
+        "a whole number of at least 1 [32]", "'two-sided', 'gaussian', 'rademacher' or 'none' [two-sided]",
+        "method of tracin: Σ η", 'modules a list of texts [["*"]]', "checkpoint position in the list of checkpoints; a who",
+        "task.settings of causal-lm:", "prompt_field text in front that is read but not predicted; a text [none]",
+        "A text for the whole section is its name.", "norms exact per-parameter norms: self-influence and cosine need th",
+    ):  # fmt: skip
+        assert part in text
+    for name in (*METHODS, *BUILT_IN):
+        assert f" of {name}: " in text
+    assert max(map(len, describe_config().splitlines())) <= 100

@@ -10,7 +10,7 @@ import torch
 
 from engine.metrics import bootstrap_interval
 from launch import validate
-from launch.experiments import registry, tracin_mislabel
+from launch.experiments import registry
 from launch.experiments.registry import EXPERIMENTS, Experiment, Gate, load_experiment
 
 
@@ -19,7 +19,8 @@ def test_toy_pass_ends_with_gates_and_a_report_and_no_committed_result(name: str
     gates = validate.validate(name, toy=True, results=tmp_path / "results", reports=tmp_path / "reports")
     folder = tmp_path / "reports" / f"{name}-toy"
     assert gates
-    assert all(np.isfinite(gate["value"]) and gate["ci"][0] <= gate["value"] <= gate["ci"][1] for gate in gates)
+    assert all(np.isfinite(gate["value"]) for gate in gates)
+    assert all(gate["ci"] is None or gate["ci"][0] <= gate["value"] <= gate["ci"][1] for gate in gates)
     assert json.loads((folder / "report.json").read_text())["gates"] == json.loads(json.dumps(gates))
     assert (folder / "report.md").read_text().count("\n|") == len(gates) + 2
     assert not (tmp_path / "results").exists()
@@ -40,7 +41,7 @@ def test_registered_experiment_goes_by_its_name_and_lists_its_cells(name: str) -
 
 
 def test_unknown_experiment_is_refused_naming_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'tracin\.mislable' is not known: one of tracin\.mislabel, collect"):
+    with pytest.raises(ValueError, match=r"'tracin\.mislable' is not known: one of tracin\.mislabel, "):
         load_experiment("tracin.mislable")
 
 
@@ -120,41 +121,6 @@ def test_readme_tables_are_written_between_the_markers(counting: Counting, tmp_p
     assert text.endswith("<!-- results: end -->\nafter\n")
     assert "| sum | 6.000 |" in text
     assert "old" not in text
-
-
-def test_checkpoints_are_spread_over_equal_falls_of_the_loss() -> None:
-    losses = [1.0, 0.4, 0.5, 0.3, 0.25, 0.2, 0.15, 0.1, 0.09, 0.08, 0.05, 0.04, 0.02, 0.01, 0.0, 0.0]
-    chosen = tracin_mislabel.choose_checkpoints(losses, 4)
-    assert chosen == [1, 3, 4, 10]  # falls of 0.2375: dense where it is steep, nothing at the start or once converged
-    assert 2 not in chosen  # an epoch that raised the loss
-    with pytest.raises(ValueError, match=r"4 epochs are too few for 6 checkpoints: raise train\.epochs"):
-        tracin_mislabel.choose_checkpoints([1.0, 0.5, 0.2, 0.1], 6)
-
-
-def test_flipped_labels_are_a_tenth_and_the_likeliest_wrong_class() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(50, 10, generator=generator), torch.randint(0, 10, (50,), generator=generator)
-    given, flipped = tracin_mislabel.flip_labels(logits, labels, 0.1, seed=3)
-    assert flipped.sum() == 5
-    for row in range(50):
-        order = [c for c in logits[row].argsort(descending=True).tolist() if c != labels[row]]
-        assert given[row] == (order[0] if flipped[row] else labels[row])
-    assert (tracin_mislabel.flip_labels(logits, labels, 0.1, seed=4)[1] != flipped).any()
-
-
-def test_self_influence_is_the_sum_of_squared_gradients_over_the_checkpoints() -> None:
-    config = {"widths": [4], "train": {"learning_rate": 0.2}}
-    generator = torch.Generator().manual_seed(0)
-    images, labels = torch.rand(5, 784, generator=generator), torch.randint(0, 10, (5,), generator=generator)
-    models = [tracin_mislabel.mlp(config) for _ in range(2)]
-    scores = tracin_mislabel.scores_of(config, [m.state_dict() for m in models], images, labels, seed=0)
-    expected = np.zeros(5)
-    for model in models:
-        for row in range(5):
-            loss = torch.nn.functional.cross_entropy(model(images[row : row + 1]), labels[row : row + 1])
-            parts = torch.autograd.grad(loss, list(model.parameters()))
-            expected[row] += 0.2 * sum(float(part.double().square().sum()) for part in parts)
-    np.testing.assert_allclose(scores["tracin"], expected, rtol=1e-4)
 
 
 def test_interval_of_the_median_ignores_one_wild_pair() -> None:

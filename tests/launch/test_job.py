@@ -3,9 +3,11 @@ from pathlib import Path
 import pytest
 
 from actors.run_stage import StageStopped
+from launch import job
 from launch.config import make_config
 from launch.job import LeasedJournal, score
 from launch.run import Run
+from launch.score import query_command
 from storage.gradients import StoreMismatch
 from storage.journal import Journal, LeaseLost
 from storage.locations import Location
@@ -67,6 +69,30 @@ def test_another_projection_needs_another_run(settings: Settings) -> None:
     run_job(settings(gradients=HEAD))
     with pytest.raises(StoreMismatch, match=r'gradients.projection="two-sided", this run has "gaussian"'):
         run_job(settings(gradients=HEAD | {"projection": "gaussian"}, output={"label": "other"}))
+
+
+def test_blocks_go_once_the_index_stands(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(settings(gradients=HEAD | {"store": False}))
+    run = Location(config.run.uri)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "build_index", lambda _: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            score(config, lambda _: None)
+    assert len(run.list("scores/scores/blocks")) == 9
+    score(config, lambda _: None)
+    assert not run.list("scores/scores/blocks")
+    before = digests(Run.open(config.run.uri), "scores", "index")
+    score(config, lambda _: None)
+    assert digests(Run.open(config.run.uri), "scores", "index") == before
+
+
+def test_the_closing_hint_names_the_scores_where_there_are_several(settings: Settings) -> None:
+    made = settings(gradients=HEAD)
+    score(make_config(made), lambda _: None)
+    command = f"python launch/query.py {made['run']} --query 0"
+    assert query_command(made["run"], "scores") == command
+    score(make_config(made | {"output": {"label": "other"}}), lambda _: None)
+    assert query_command(made["run"], "other") == f"{command} --scores other"
 
 
 class Lost:

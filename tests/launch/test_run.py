@@ -69,3 +69,48 @@ def test_an_unfinished_run_says_what_to_do(tmp_path: Path) -> None:
     write_texts(tmp_path / "train.jsonl", 1)
     with pytest.raises(FileNotFoundError, match="holds no scores: run launch/score.py, or check the path"):
         Run.open(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"texts": "a film"}, "texts='a film' is one text: give a list"),
+        ({"texts": ["a", "film"], "labels": [1]}, r"labels=\[1\] is not allowed: a list of 2, one for every query"),
+        ({"texts": ["film"], "labels": "1"}, "labels='1' is not allowed: a list of 1"),
+        ({"texts": ["film"], "labels": []}, r"labels=\[\] is not allowed: a list of 1"),
+        ({"texts": ["film"], "labels": [1], "k": 0}, "k=0 is not allowed: must be at least 1"),
+        ({"texts": ["film"], "labels": [1], "k": 0, "collapse": True}, "k=0 is not allowed: must be at least 1"),
+        ({"texts": ["film"], "labels": [3]}, "field 'label' is 3, allowed: 0 to 2"),
+    ],
+)
+def test_a_wrong_question_is_told(scored: Run, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scored.score(**given, scores="first")
+
+
+@pytest.mark.parametrize("collapse", [False, True])
+def test_none_asked_for_is_told(scored: Run, collapse: bool) -> None:
+    with pytest.raises(ValueError, match="top=0 is not allowed: must be at least 1"):
+        scored.top(0, k=0, scores="first", collapse=collapse)
+
+
+def test_no_texts_have_no_answers(scored: Run) -> None:
+    assert scored.score([], scores="first") == []
+
+
+def test_a_missing_field_is_named(scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="field 'text' is None, a text is needed"):
+        scored.ask([{"words": "a film"}], [1], setting=scored.setting("first"))
+    setting = scored.setting("first")
+    monkeypatch.setattr(setting.task, "collate", lambda rows: [row["rooms"] for row in rows])
+    with pytest.raises(
+        ValueError, match="the query has no field 'rooms', which task text-classification reads: it has"
+    ):
+        scored.ask([{"text": "a film"}], [1], setting=setting)
+
+
+def test_a_lost_checkpoint_record_is_named(settings: Settings) -> None:
+    run = run_job(settings(gradients={"modules": ["classifier"]}))
+    run.location.delete("checkpoints/checkpoint-20.json")
+    with pytest.raises(FileNotFoundError, match="lacks checkpoints/checkpoint-20.json, which scores scores were made"):
+        run.score(["a film"], [1])

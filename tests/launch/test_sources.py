@@ -1,12 +1,13 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from actors.context import make_task
+from actors.context import cache_folder, make_task
 from actors.specs import StageMismatch
 from launch.config import make_config
 from launch.sources import (
-    cache_folder,
     content,
     holds_rows,
     ingest_set,
@@ -30,6 +31,59 @@ def test_checkpoints_come_with_rates_and_fingerprints(settings: Settings) -> Non
     assert [c.learning_rate for c in model.checkpoints] == pytest.approx([0.1, 0.05, 0.1 / 3])
     assert len({c.fingerprint for c in model.checkpoints}) == len(folders) == 3
     assert said[0] == "checkpoint-10: step 10, learning rate 0.1 (logged)"
+
+
+def logged(inputs: Path, folder: Path, losses: dict[int, dict[str, float]]) -> str:
+    """Copy the checkpoints to a folder whose log holds these losses by step."""
+    shutil.copytree(inputs / "model", folder)
+    log = [{"step": step, "learning_rate": 0.1, **entry} for step, entry in losses.items()]
+    for state in folder.glob("*/trainer_state.json"):
+        state.write_text(json.dumps({"global_step": 0, "log_history": log}))
+    return str(folder)
+
+
+def test_checkpoints_are_chosen_by_the_logged_loss_and_the_reasons_told(
+    inputs: Path, settings: Settings, tmp_path: Path
+) -> None:
+    folder = logged(
+        inputs, tmp_path / "out", {5: {"loss": 2.0}, 10: {"loss": 1.0}, 20: {"loss": 1.6}, 30: {"loss": 0.5}}
+    )
+    said: list[str] = []
+    model, folders = model_spec(make_config(settings(checkpoints={"path": folder, "choose": 1})), said.append)
+    assert [c.name for c in model.checkpoints] == [folder.name for folder in folders] == ["checkpoint-30"]
+    assert [(v.name, v.step, v.loss, v.kept) for v in model.choice] == [
+        ("checkpoint-10", 10, 1.5, False), ("checkpoint-20", 20, 1.6, False), ("checkpoint-30", 30, 0.5, True),
+    ]  # fmt: skip
+    assert said == [
+        "checkpoint-10: left out at loss 1.5, noisy start: more than half of the decrease was lost again",
+        "checkpoint-20: left out at loss 1.6, noisy start: more than half of the decrease was lost again",
+        "checkpoint-30: kept at loss 0.5, part 1 of 1 of the fall",
+        "checkpoint-30: step 30, learning rate 0.1 (logged)",
+    ]
+    assert "choice" not in model.record()
+    assert model_spec(make_config(settings(checkpoints=folder)), quiet)[0].choice == ()
+
+
+def test_the_evaluation_loss_tells_where_it_is_logged_for_more_checkpoints(
+    inputs: Path, settings: Settings, tmp_path: Path
+) -> None:
+    evaluated = {10: {"eval_loss": 3.0}, 20: {"eval_loss": 2.0}, 30: {"eval_loss": 1.0, "loss": 0.5}}
+    both = {step: entry | {"loss": 4.0 / step} for step, entry in evaluated.items()}
+    for name, losses, first in (("eval", evaluated, 3.0), ("both", both, 0.4)):
+        path = logged(inputs, tmp_path / name, losses)
+        model, _ = model_spec(make_config(settings(checkpoints={"path": path, "choose": 2})), quiet)
+        assert model.choice[0].loss == first
+        assert [c.step for c in model.checkpoints] == [20, 30]
+
+
+def test_a_choice_without_losses_or_among_too_few_is_refused(inputs: Path, settings: Settings, tmp_path: Path) -> None:
+    silent = logged(inputs, tmp_path / "silent", {10: {}})
+    with pytest.raises(ValueError, match=r"checkpoints.choose=2 is not possible: checkpoint-30 logs no loss .* List"):
+        model_spec(make_config(settings(checkpoints={"path": silent, "choose": 2})), quiet)
+    with pytest.raises(ValueError, match=r"of 3 checkpoints 0 lie where .* \(1: first, 2: no decrease\)"):
+        model_spec(make_config(settings(checkpoints={"path": str(inputs / "model"), "choose": 2})), quiet)
+    with pytest.raises(ValueError, match="checkpoints.choose=0 is not allowed: must be a whole number of at least 1"):
+        make_config(settings(checkpoints={"path": silent, "choose": 0}))
 
 
 def test_no_checkpoints(settings: Settings) -> None:
@@ -71,12 +125,21 @@ def test_a_source_may_change_until_a_row_of_it_is_kept(settings: Settings, tmp_p
         ingest_set(run, "train", config.corpus, task, "text-classification", folders[0], quiet)
 
 
-def test_content_sees_names_sizes_and_ends(tmp_path: Path) -> None:
-    write_texts(tmp_path / "a.jsonl", 3)
-    before = content(str(tmp_path))
-    assert content(str(tmp_path)) == before
-    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
-    assert content(str(tmp_path)) != before
+def test_content_sees_order_types_sizes_and_ends_and_no_names(tmp_path: Path) -> None:
+    here = tmp_path / "a"
+    here.mkdir()
+    write_texts(here / "a.jsonl", 3)
+    write_texts(here / "b.jsonl", 3, first=5)
+    before = content(str(here))
+    here.rename(tmp_path / "b")
+    assert content(f"{tmp_path}/./b/") == before
+    here = tmp_path / "b"
+    (here / "b.jsonl").rename(here / "c.jsonl")
+    assert content(str(here)) == before
+    (here / "c.jsonl").rename(here / "0.jsonl")
+    assert content(str(here)) != before, "another order"
+    (here / "0.jsonl").rename(here / "c.txt")
+    assert content(str(here)) != before, "read as another type"
 
 
 def test_another_runs_weights_are_compared(settings: Settings, tmp_path: Path) -> None:
