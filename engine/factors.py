@@ -6,6 +6,7 @@ A factor is dense, or a list of indices that stand for one-hot vectors (the voca
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,11 @@ class Factor:
     @property
     def width(self) -> int:
         return self.one_hot or self.values.shape[-1]
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """[B, T, T]: the dot products of its own vectors; made once, as modules that share an input share its factor."""
+        return gram(self, self)
 
     def project(self, matrix: Tensor | None) -> Tensor:
         """Return [B, T, k]: every vector times the (k, n) matrix; unchanged, and dense, without one.
@@ -73,8 +79,10 @@ def squared_norm(calls: list[tuple[Factor, Factor]]) -> Tensor:
     total = torch.zeros(len(calls[0][0].values), device=calls[0][0].values.device, dtype=torch.float64)
     for i, (a, b) in enumerate(calls):
         for j, (c, d) in enumerate(calls[: i + 1]):
-            product = (_wide(gram(a, c)) * _wide(gram(b, d))).sum((1, 2)).double()
-            total += product if i == j else 2 * product
+            if i == j:
+                total += (_wide(a.gram) * _wide(b.gram)).sum((1, 2)).double()
+            else:
+                total += 2 * (_wide(gram(a, c)) * _wide(gram(b, d))).sum((1, 2)).double()
     return total
 
 

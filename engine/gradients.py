@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from engine import convolution, routed, vocabulary
 from engine.batches import Batch
-from engine.factors import Factor, gram, squared_norm
+from engine.factors import Factor, squared_norm
 from engine.norms import CHANNELS_SECOND, normalised
 from engine.parameters import Parameter, Use
 from engine.projection import RowLayout
@@ -78,6 +78,7 @@ class PerExampleGradients:
         self._pending: dict[int, list[_Call]] = {}
         self._arrays: dict[str, Tensor] = {}
         self._squares: Tensor | None = None
+        self._last: tuple[Tensor, int, Factor] | None = None
 
     def __enter__(self) -> "PerExampleGradients":
         return self
@@ -162,7 +163,7 @@ class PerExampleGradients:
                 for index, weight in self._fused:
                     self._take(index, weight)
         finally:
-            self._batch_size = 0  # until the next call the hooks do nothing
+            self._batch_size, self._last = 0, None  # until the next call the hooks do nothing
         for index in list(self._pending):
             self._square(index)  # a call whose output the loss does not use has sent nothing back
         norms = None if self._squares is None else self._squares.clamp(min=0).sqrt()
@@ -201,13 +202,20 @@ class PerExampleGradients:
     def _input(self, index: int, use: Use, module: nn.Module, inner: Tensor) -> Factor | Tensor:
         """Return what the backward hook needs of the module's input: exact norms need all of it, rows the projection."""
         if use.role in ("linear", "conv1d"):
-            whole = Factor(inner.detach().reshape(self._batch_size, -1, inner.shape[-1]))
+            whole = self._input_factor(inner)
             return whole if self.norms else self.projector.reduce_input(self.parameters[index], whole)
         if use.role in ("embedding", "embedding-transposed"):
             return Factor(inner.reshape(self._batch_size, -1), int(module.num_embeddings))  # type: ignore[arg-type]
         if use.role == "convolution":
             return self._patches(index, cast(nn.Conv2d, module), inner.detach())
         return inner.detach() if use.role == "scale" else inner.new_empty(0)  # a bias needs none of it
+
+    def _input_factor(self, inner: Tensor) -> Factor:
+        """Return the input as a factor: the same one for modules that read the same tensor one after the other."""
+        if self._last is None or self._last[0] is not inner or self._last[1] != inner._version:
+            factor = Factor(inner.detach().reshape(self._batch_size, -1, inner.shape[-1]))
+            self._last = inner, inner._version, factor
+        return self._last[2]
 
     def _patches(self, index: int, module: nn.Conv2d, inner: Tensor) -> Factor | Tensor:
         """Return the projected patches; the input itself where they are needed whole, as they are many times larger."""
@@ -265,7 +273,7 @@ class PerExampleGradients:
         for index, _ in self._uses.get(head, []):
             assert isinstance(self.projector, TwoSided)
             factor = Factor(delta)
-            products = gram(factor, factor) if self.norms else delta.new_empty(len(delta), 0, 0)
+            products = factor.gram if self.norms else delta.new_empty(len(delta), 0, 0)
             return self.projector.reduce_output(self.parameters[index], factor).values, products
         return None
 
@@ -276,7 +284,7 @@ class PerExampleGradients:
         inner = Factor(hidden)
         self.projector.add_matrix(self._arrays, self.parameters[index], Factor(projected), inner)
         if self._squares is not None:
-            self._squares[:, index] = (wide(products) * wide(gram(inner, inner))).sum((1, 2))
+            self._squares[:, index] = (wide(products) * wide(inner.gram)).sum((1, 2))
 
     def _folded(self, factor: Factor) -> Factor:
         """Return the factor with all rows as tokens of the one example, if it is run alone."""

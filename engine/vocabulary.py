@@ -92,7 +92,7 @@ class _FusedHead(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None, None]:
         hidden, toward_hidden = ctx.saved_tensors
         if ctx.reduced is not None:
             projected, gram = ctx.reduced

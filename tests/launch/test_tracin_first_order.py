@@ -28,7 +28,7 @@ def test_slope_and_correlation_are_taken_for_each_digit() -> None:
 
 def test_correlation_is_judged_at_small_rates_and_the_slope_at_the_smallest_from_both_sides() -> None:
     slopes = {(1, 0.1): 0.5, (1, 0.01): 0.9, (32, 0.01): 1.06}
-    config = {"batches": {1: {"rates": [0.1, 0.01]}, 32: {"rates": [0.01]}}, "seeds": [0, 1]}
+    config = {"batches": [{"size": 1, "rates": [0.1, 0.01]}, {"size": 32, "rates": [0.01]}], "seeds": [0, 1]}
     assert runs(config) == list(slopes)
     done = {
         cell_of(run, seed): compare(effects(slope + 0.02 * seed, 0.0), seed)
