@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-cluster check format bench validate clean
+.PHONY: setup demo test test-cluster e2e check format bench validate clean
 
 setup: $(STAMP)
 
@@ -21,11 +21,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)            ## the main job on real data, into runs/demo
 	$(BIN)/python launch/demo.py
 
-test: $(STAMP)            ## every test that needs no cluster
-	$(BIN)/python -m pytest -m "not cluster" --durations=10
+test: $(STAMP)            ## every test that needs no cluster and no browser
+	$(BIN)/python -m pytest -m "not cluster and not e2e" --durations=10
 
 test-cluster: $(STAMP)    ## tests that start their own Ray head, job server or S3 server
-	$(BIN)/python -m pytest -m cluster --durations=10
+	$(BIN)/python -m pytest -m "cluster and not e2e" --durations=10
+
+e2e: $(STAMP)             ## the page in a real browser; as root, Debian's Chromium is installed if there is none
+	command -v chromium || test "$$(id -u)" != 0 || \
+		(apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium)
+	$(BIN)/python -m pytest -m e2e --durations=10
 
 check: $(STAMP)           ## format, lint, types
 	$(BIN)/ruff format --check .

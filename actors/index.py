@@ -1,14 +1,14 @@
 """Stage 4: merge the shards' scores into the index that answers queries. One shard is held at a time."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from actors.prepare import answers_key
-from actors.score import ShardScores, load_scores, scores_key
+from actors.score import ShardScores, load_shard
 from actors.specs import ModelSpec, ScoreSpec
 from actors.states import load_state, state_key
 from engine.topk import TopK, merge
@@ -54,6 +54,7 @@ class IndexJob:
     projection: dict[str, Any]
     shards: list[dict[str, Any]]
     fields: Fields
+    about: dict[str, Any] = field(default_factory=dict)  # what a method's own stages say of these scores
 
     @property
     def home(self) -> Location:
@@ -91,7 +92,7 @@ def describe(job: IndexJob) -> dict[str, Any]:
         "checkpoint_choice": [vars(verdict) for verdict in job.model.choice],
         "self_influence": "sum over checkpoints of weight · exact squared gradient norm",
         "top_k": job.score.top_k, "fields": asdict(job.fields), "totals": "sum over all queries of the set", "damping": None,
-    }  # fmt: skip
+    } | job.about  # fmt: skip
 
 
 def by_query(top: TopK, train: Corpus, queries: Corpus, fields: Fields) -> Iterator[pa.Table]:
@@ -187,4 +188,4 @@ def brief(record: dict[str, Any], fields: Fields) -> dict[str, Any]:
 
 def _shards(job: IndexJob) -> Iterator[ShardScores]:
     for piece in job.shards:
-        yield load_scores(job.run, scores_key(job.score.label, piece))
+        yield load_shard(job.run, job.score.label, job.score.corpus, piece)

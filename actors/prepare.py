@@ -13,7 +13,7 @@ import torch
 from actors.context import CheckpointSource, WorkerContext
 from actors.leftovers import put
 from actors.specs import ModelSpec
-from actors.states import save_state, state_key
+from actors.states import save_state
 from actors.units import Receipt, Unit
 from engine.batches import Batch
 from engine.gradients import GradientBatch, nonfinite
@@ -25,7 +25,7 @@ from storage.locations import to_json
 
 
 def prepare_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
-    """Prepare all queries under one checkpoint and save the state."""
+    """Prepare all queries under one checkpoint and save the state, under the payload's key."""
     model, spec, score = settings["model"], settings["gradients"], settings["score"]
     checkpoint = unit.payload["checkpoint"]
     corpus = context.corpus(None, score.queries)
@@ -35,9 +35,7 @@ def prepare_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     method = load_method(score.method, score.method_settings)
     state = method.prepare(query_batches(context.task(model), rows, spec.token_budget), source)
     refuse_nonfinite(state, source.layout, [f"{row['id']} (source:{row['source_id']})" for row in rows], checkpoint)
-    key = state_key(score.label, checkpoint)
-    data = save_state(state)
-    records = [put(context, settings, unit, key, data)]
+    records = [put(context, settings, unit, unit.payload["key"], save_state(state))]
     if checkpoint == score.checkpoints[-1]:
         answers = to_json(query_answers(context, model, checkpoint, rows, state, spec.token_budget))
         records.append(put(context, settings, unit, answers_key(score.label), answers))

@@ -119,8 +119,10 @@ class TrainSection(Section):
 class GradientsSection(Section):
     """Which per-example gradients are taken, and how they are kept."""
 
-    modules: Literal["changed"] | list[str] = Field(
-        "changed", description="globs over module or parameter names; changed: what training moved"
+    modules: Literal["changed", "top"] | list[str] | None = Field(
+        None,
+        description="globs over module or parameter names; changed: what training moved; top: of that the last two "
+        "layers and what follows them; default: top for influence but on stored rows, else changed",
     )
     projection: Literal["two-sided", "gaussian", "rademacher", "none"] = Field("two-sided", description="see README")
     dim: int = Field(16, ge=1, description="columns: per side for two-sided, in all for gaussian and rademacher")
@@ -144,7 +146,7 @@ class MethodSection(Section):
 
     model_config = ConfigDict(extra="allow")
     shorthand = "name"
-    name: str = Field("tracin", description="tracin, gradient-dot or gradient-cosine")
+    name: str = Field("tracin", description="tracin, gradient-dot, gradient-cosine or influence")
 
     @field_validator("name")
     @classmethod

@@ -111,6 +111,9 @@ def main() -> None:
     console.print("flipped labels found when looking only at the top of the training set")
     console.print(noise_table(run))
     console.print(f"Ask it yourself: .venv/bin/python launch/query.py {config.run.uri} --text '…'")
+    console.print(
+        f"Look at it: .venv/bin/python launch/serve.py {config.run.uri}, then open http://127.0.0.1:8000/page"
+    )
 
 
 if __name__ == "__main__":

@@ -1,58 +1,46 @@
 """The job: from a config to a scored, indexed run. Every stage can be killed and run again.
 
-ingest → inspect → collect → prepare → score → index
+ingest → inspect → collect → prepare → (solve) → score → index
 """
 
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from actors.cluster import connect, nodes, resources, worker_plan
 from actors.context import cache_folder, make_task
-from actors.index import Fields, IndexJob, build_index
-from actors.neighbours import answer_with
+from actors.index import Fields, IndexJob
 from actors.plan import checkpoint_units, shard_rows, shard_units, shards
 from actors.pool import InProcessPool, Pool
 from actors.progress import StageProgress, StageReport, report_table
 from actors.ray_pool import RayPool
 from actors.run_stage import run_stage
 from actors.schedule import Limits
+from actors.solve import refuse_unfit, solve
+from actors.solve_job import SolveJob, figures_key
 from actors.specs import GradientSpec, ModelSpec, ScoreSpec, declare_stage, digest
+from actors.states import gradients_key, state_key
 from actors.units import Stage, Unit
 from actors.worker import MakeWorker
 from engine.knn import faiss_module
-from engine.methods.contract import Method, load_method
+from engine.methods.contract import Method, inverse_of, load_method
+from engine.methods.inverse import InverseCurvature
 from engine.projection import Projection
 from engine.tasks.contract import Task
 from launch.config import Config
 from launch.messages import tell
 from launch.paths import refuse_relative_paths, refuse_unseen_paths
 from launch.sources import TRAIN, ingest_set, model_spec, record_identity, same_model
+from launch.stage_records import LeasedJournal, finish_index
 from storage.corpus import Corpus
 from storage.gradients import GradientStore, StoreSettings
-from storage.index import ScoreIndex
 from storage.journal import Claim, EventLog, Journal, RunLease
 from storage.locations import Location
 from storage.readers import source_files
 
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-
-
-@dataclass(frozen=True)
-class LeasedJournal:
-    """A stage's journal that commits only while this process holds the run."""
-
-    journal: Journal
-    lease: RunLease
-
-    def done(self) -> Mapping[str, Mapping[str, Any]]:
-        return self.journal.done()
-
-    def commit(self, unit: str, record: dict[str, Any]) -> None:
-        self.lease.check()
-        self.journal.commit(unit, record)
 
 
 @dataclass
@@ -73,9 +61,11 @@ class Job:
         """Run one stage to its end."""
         limits = Limits(max_bad_fraction=self.config.cluster.max_bad_fraction)
         journal = LeasedJournal(Journal(self.run, name), self.lease)
+        damaged = [unit.key for unit in units if unit.key in set(journal.journal.damaged())]
         stage = Stage(name, function, settings | {"claim": Claim(name, self.lease.number)}, units)
         report = run_stage(self.pool, stage, journal, self.progress, self.events, limits)
         self.reports.append(report)
+        journal.say_rebuilt(damaged, self.progress.note)
 
 
 def score(config: Config, say: Callable[[str], None] = tell) -> str:
@@ -108,6 +98,8 @@ def score(config: Config, say: Callable[[str], None] = tell) -> str:
             job = Job(config, run, pool, model, StageProgress(), events, lease, shown_fields(task))
             seen = inspect(job, say)
             gradients = gradient_spec(config, seen)
+            if inverse := inverse_of(method):
+                refuse_unfit(inverse, solved_sizes(inverse, seen), Corpus.open(run, config.queries.name).rows)
             if config.gradients.store and config.run.store is None:
                 collect(job, gradients, seen)
             if config.gradients.store and config.run.store:
@@ -138,6 +130,15 @@ def check_method(method: Method, model: ModelSpec, config: Config) -> None:
         if not config.gradients.store:
             raise ValueError(f"output.neighbours={config.output.neighbours} needs rows: set gradients.store=true")
         faiss_module()
+    inverse, g = inverse_of(method), config.gradients
+    if inverse and inverse.solver == "projected" and not g.store:
+        raise ValueError("method.solver=projected solves on stored rows: set gradients.store=true, or choose another")
+    if inverse and inverse.solver != "projected" and g.projection != "none":
+        raise ValueError(
+            f"gradients.projection={g.projection} is not allowed with method {config.method.name}: curvature products need "
+            f"whole gradients. Set gradients.projection=none and gradients.store=false"
+            + (", or method.solver=projected." if config.method.name == "influence" else ".")
+        )
     if method.needs_norms and not config.gradients.norms:
         raise ValueError(f"gradients.norms=False is not allowed with method {config.method.name}: it needs exact norms")
 
@@ -163,7 +164,7 @@ def inspect(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
     """Let a worker load the model once and say what it found: parameters, layout, coverage."""
     config = job.config
     settings = {
-        "modules": config.gradients.modules,
+        "modules": config.gradients.modules or default_modules(config),
         "projection": asdict(projection(config)),
         "stored": config.gradients.store or config.gradients.projection != "none",
         "coverage": config.gradients.coverage,
@@ -273,22 +274,51 @@ def score_and_index(
     declare_stage(job.run, f"score-{label}", record, "another output.label")
     spec = ScoreSpec(label=label, **what)
     settings = {"model": job.model, "gradients": gradients, "score": spec}
-    job.stage(f"prepare-{label}", "prepare", settings, [Unit(name, {"checkpoint": name}) for name in names])
-    pieces = shards(corpus, rows)
+    pieces, inverse = shards(corpus, rows), inverse_of(method)
+    key = gradients_key if inverse else state_key
+    units = [Unit(name, {"checkpoint": name, "key": key(label, name)}) for name in names]
+    job.stage(f"prepare-{label}", "prepare", settings, units)
+    about = solve_queries(job, spec, gradients, seen, corpus, inverse, pieces, rows, say) if inverse else {}
     if not stored:
         job.stage(f"compute-{label}", "compute", settings, checkpoint_units(names, pieces, TRAIN))
     job.stage(f"score-{label}", "score", settings, shard_units(pieces, TRAIN))
     granularity = job.run.read_json("manifest.json")["granularity"]
     index = IndexJob(
-        job.run, job.model, spec, method.score_unit, granularity, asdict(gradients.projection), pieces, job.fields
-    )
-    job.lease.check()
-    if label not in ScoreIndex.labels(job.run):
-        build_index(index)
-    for key in job.run.list(f"scores/{label}/blocks"):  # what the shards were added up from; the index stands
-        job.run.delete(key)
-    answer_with(index, config.output.neighbours, say)
+        job.run, job.model, spec, method.score_unit, granularity, asdict(gradients.projection), pieces, job.fields,
+        about,
+    )  # fmt: skip
+    finish_index(index, job.lease, config.output.neighbours, say)
     return label
+
+
+def solve_queries(
+    job: Job, score: ScoreSpec, gradients: GradientSpec, seen: dict[str, Any], corpus: Corpus, inverse: InverseCurvature,
+    pieces: list[dict[str, Any]], rows: int, say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Multiply the prepared queries with the inverse curvature; return what the scores' description says of it."""
+    name = f"solve-{score.label}"
+    notes = LeasedJournal(Journal(job.run, name), job.lease)
+    solve(
+        SolveJob(
+            job.run, job.pool, notes, job.stage, job.lease.check, job.events, say, job.model, gradients, score, inverse,
+            corpus, solved_sizes(inverse, seen), pieces, rows,
+        )
+    )  # fmt: skip
+    figures = job.run.read_json(figures_key(score.label))
+    return {"damping": figures["damping"], "solve": figures, "self_influence": None}
+
+
+def solved_sizes(inverse: InverseCurvature, seen: dict[str, Any]) -> dict[str, int]:
+    """Return the numbers of every array of a query that is solved for: stored columns, or whole parameters."""
+    if inverse.solver == "projected":
+        return seen["arrays"]
+    return dict(zip(seen["parameters"], seen["sizes"], strict=True))
+
+
+def default_modules(config: Config) -> str:
+    """Return which modules are looked at unless the config says: whole gradients are taken of the top layers alone."""
+    inverse = inverse_of(load_method(config.method.name, config.method.settings()))
+    return "top" if inverse and inverse.solver != "projected" else "changed"
 
 
 def _score_shard_rows(job: Job, home: Location, corpus: Corpus, seen: dict[str, Any], stored: bool) -> int:

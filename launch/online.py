@@ -10,11 +10,13 @@ from actors.index import Fields, belongs, find_briefs
 from actors.neighbours import EXACT, about_search, search_neighbours
 from actors.plan import shards
 from actors.prepare import query_batches, refuse_nonfinite
+from actors.projected import solve_new
 from actors.score import add_up, state_block
+from actors.solve import leave_out
 from actors.specs import CheckpointSpec, GradientSpec, ModelSpec, ScoreSpec
 from engine.batches import Batch
 from engine.limits import read_limits
-from engine.methods.contract import Method, QueryState, load_method
+from engine.methods.contract import Method, QueryState, inverse_of, load_method
 from engine.projection import Projection
 from engine.tasks.contract import Task, encode, predict
 from engine.tasks.labels import Labels
@@ -98,8 +100,10 @@ def refuse_offline(setting: Setting) -> None:
     """Raise ValueError for scores that cannot answer a new query at once."""
     if not (setting.method.online and setting.score.stored):
         raise ValueError(
-            f"scores {setting.score.label} cannot answer a new text at once: they were made without a store. "
-            f"Put it into a query set and run score.py, or score with gradients.store=true."
+            f"scores {setting.score.label} cannot answer a new text at once: "
+            + ("they were made without a store. " if setting.method.online else "every query needs a solve of its own. ")
+            + "Put it into a query set and run score.py, or score with "
+            + ("gradients.store=true." if setting.method.online else "a method that is online.")
         )
 
 
@@ -181,6 +185,9 @@ def prepare_records(setting: Setting, records: list[dict[str, Any]]) -> dict[str
         source = CheckpointSource(setting.context, setting.model, name, setting.gradients, "rows")
         states[name] = setting.method.prepare(batches_of(setting, rows), source)
         refuse_nonfinite(states[name], source.layout, ["(new)"] * len(rows), name)
+        if inverse := inverse_of(setting.method):
+            run, weight = setting.context.run, leave_out(setting.corpus)
+            states[name] = solve_new(run, setting.score.label, inverse, states[name], weight)
     return states
 
 

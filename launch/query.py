@@ -3,6 +3,7 @@
 python launch/query.py RUN --query 17                 a stored query, by its row
 python launch/query.py RUN --query source:3170        … by the corpus's own id
 python launch/query.py RUN --text "a new sentence"    a new one, under --label or the model's own prediction
+python launch/query.py RUN --query 17 --url http://…  a run that a service has, by its name there
 """
 
 import json
@@ -230,12 +231,22 @@ def main(
         bool, typer.Option("--collapse", help="show near-identical texts once; --top counts groups")
     ] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="what each token contributes (language models)")] = False,
+    url: Annotated[str | None, typer.Option(help="address of a service (launch/serve.py) that has RUN by name")] = None,
+    token: Annotated[str | None, typer.Option(envvar="INFLUENCE_TOKEN", help="token for that service")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Print the proponents and opponents of a prediction."""
     find_modules_here()
     with plain_errors():
-        found = answer(Run.open(run), query, text, label, top, scores, exact, collapse, tokens)
+        if url is None:
+            found = answer(Run.open(run), query, text, label, top, scores, exact, collapse, tokens)
+        else:
+            if exact or collapse or tokens:
+                raise ValueError("--exact, --collapse and --tokens are not allowed with --url: ask the run itself")
+            from launch.client import Client, ask  # half a second that stored answers do without
+
+            with Client(url, token) as service:
+                found = ask(service, run, query, text, label, top, scores)
         if as_json:
             print(json.dumps(found, ensure_ascii=False))
         else:

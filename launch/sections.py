@@ -128,7 +128,7 @@ def allowed(kind: Any, limits: Iterable[Any] = ()) -> str:
 
 _PLURALS: dict[Any, str] = {str: "texts", int: "whole numbers", float: "numbers"}
 _WORDS: dict[Any, str] = {
-    str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"
+    str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping", Any: "any value"
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from storage.locations import Location
 from storage.readers import read_records, source_files
 from storage.rows import OWN
 from storage.run_format import FORMAT, check_format
+from storage.segments import committed_segments
 
 TRAIN = "train"
 _EDGE = 1 << 20  # bytes at either end of a source file that its fingerprint covers
@@ -144,14 +145,17 @@ def ingest_set(
 ) -> None:
     """Stage 0: stream records once into rows. A set that is already there stays as it is.
 
-    `folder` is the model's: it says what the model can read. Raises StageMismatch if the source has changed since: the
-    run's rows would no longer be the corpus's. A source of which no row was kept may change.
+    `folder` is the model's: it says what the model can read. A training corpus whose source has grown at its end grows
+    likewise, by new segments. Raises SourceChanged, or for queries StageMismatch, if the source has changed otherwise:
+    the run's rows would no longer be the corpus's. A source of which no row was kept may change.
     """
     record = {"path": section.path, "split": section.split, "limit": section.limit, "content": content(section.path)}
     if not holds_rows(run, f"corpus/{name}"):
         run.delete(f"stages/ingest-{name}.json")
-    other = "another run" if name == TRAIN else "another queries.name"
-    declare(run, f"stages/ingest-{name}.json", record, f"corpus {name!r} of run {run.uri}", other)
+    grows = name == TRAIN and _may_grow(run, name, record)
+    if not grows:
+        other = "another run" if name == TRAIN else "another queries.name"
+        declare(run, _declared(run, name), record, f"corpus {name!r} of run {run.uri}", other)
     limits = read_limits(Path(getattr(task, "base", None) or folder))
     records = islice(read_records(section.path, split=section.split), section.limit)
     own_task = ":" in task_name
@@ -161,7 +165,11 @@ def ingest_set(
             refuse_reserved(record)
         return limits.check(encode(task, record))
 
-    report = ingest(run, name, records, rows_of, may_commit=may_commit)
+    report = ingest(run, name, records, rows_of, may_commit=may_commit, grow=grows)
+    if grows:
+        number = len(run.list(f"stages/grown-{name}"))
+        declare(run, f"stages/grown-{name}/{number:06d}.json", record, f"corpus {name!r} of run {run.uri}")
+        say(f"{name}: its source has grown by {report.ingested:,} examples; the others are as they were")
     say(
         f"{name}: {report.examples:,} examples of {report.documents:,} records, {report.tokens:,} tokens, "
         f"{report.truncated:,} truncated, {report.chunked:,} chunked"
@@ -171,6 +179,21 @@ def ingest_set(
             f"warning: {name}: {report.repeated:,} records have the id of an earlier one, the first "
             f"{report.first_repeated!r}: source:{report.first_repeated} names several, a row number one"
         )
+
+
+def _declared(run: Location, name: str) -> str:
+    """Return the key of what the latest ingest of a set read."""
+    return max(run.list(f"stages/grown-{name}"), default=f"stages/ingest-{name}.json")
+
+
+def _may_grow(run: Location, name: str, record: dict[str, Any]) -> bool:
+    """Tell whether a finished corpus's source is another than it was, in nothing but content and limit."""
+    key = _declared(run, name)
+    if not run.exists(key) or not any(segment.ends for segment in committed_segments(run, name)):
+        return False
+    before = run.read_json(key)
+    same = {field: before[field] == record[field] for field in ("content", "limit", "split")}
+    return same["split"] and not (same["content"] and same["limit"])
 
 
 def refuse_reserved(record: dict) -> None:

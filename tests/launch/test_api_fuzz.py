@@ -1,7 +1,6 @@
 """The fuzz at toy size; and that it would see a crash, an undocumented answer and an open door."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from launch.validate import experiment_config
 CONFIG = experiment_config("api-fuzz", toy=True)
 
 
-def test_toy_pass(tmp_path: Path) -> None:
+def test_toy_pass() -> None:
     done = {cell: api_fuzz.run_cell(CONFIG, cell) for cell in api_fuzz.cells(CONFIG)}
     assert json.loads(json.dumps(done)) == done
     gates = {gate.name: gate.record() for gate in api_fuzz.gates(CONFIG, done)}
@@ -49,7 +48,7 @@ def test_a_crash_and_an_undocumented_answer_are_seen(monkeypatch: pytest.MonkeyP
 
 def test_a_file_beside_the_run_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with api_fuzz.served(CONFIG) as (tap, token):
-        secret = Path(api_fuzz.scored_run(json.dumps(CONFIG))).parent / "secret.txt"
+        secret = api_fuzz.small_run(CONFIG).parent / api_fuzz.SECRET
         monkeypatch.setattr(RunView, "manifest", lambda _: {"leak": secret.read_text()})
         TestClient(tap, "http://localhost").get("/v1/runs/reviews", headers={"Authorization": f"Bearer {token}"})
         assert tap.marked == 1

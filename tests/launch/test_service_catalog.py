@@ -1,19 +1,23 @@
 """What a run holds, asked through the catalog: against the index read whole, at every state of a run."""
 
+import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
+from launch.online import predicted_label
 from launch.run import Run
 from launch.service.catalog import Catalog, NotFound, NotOnline, NotReady, RunView
 from launch.service.media import plain_record, png_of
-from storage.corpus import Corpus
+from storage.corpus import Corpus, ingest
 from storage.index import ScoreIndex
+from storage.locations import Location
 from tests.end_to_end.answers import dense, self_influence
-from tests.launch.service_runs import half_done
+from tests.launch.service_runs import asking, half_done
 
 
 @pytest.fixture
@@ -271,3 +275,27 @@ def test_wrong_side_would_be_seen(view: RunView, monkeypatch: pytest.MonkeyPatch
     before = view.influences("first", 1, 4)
     monkeypatch.setattr("launch.service.catalog.SIDES", ("opponent", "proponent"))
     assert view.influences("first", 1, 4) != before
+
+
+def test_predictions_and_losses_are_the_last_checkpoints(view: RunView, served: Run) -> None:
+    setting = served.setting("first")
+    corpus = Corpus.open(served.location, "asked")
+    losses = served.states("first")[-1].losses.tolist()
+    for row in view.queries("first", order="query").rows:
+        record = corpus.row(row["query"])
+        assert row["predicted"] == str(predicted_label(setting, record))
+        assert row["misclassified"] == (row["predicted"] != str(record["label"]))
+        assert row["loss"] == losses[row["query"]]
+
+
+def test_images_of_a_corpus_come_as_png(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 5, 4), dtype=np.uint8)
+    rows = (({"images": picture, "labels": i}, "here") for i, picture in enumerate(pictures))
+    ingest(Location.parse(str(tmp_path / "pictures")), "digits", rows, lambda _: [{"target": 0}])
+    with asking(tmp_path / "pictures") as client:
+        view = client.app.state.service.catalog.run("pictures")
+        assert view.record("digits", 2)["images"] == {"image": "digits/2"}
+        answer = client.get("/v1/runs/pictures/images/digits/2")
+        assert answer.headers["content-type"] == "image/png"
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), pictures[2])
+        assert client.get("/v1/runs/pictures/images/digits/3").status_code == 404

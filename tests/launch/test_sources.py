@@ -18,6 +18,7 @@ from launch.sources import (
 )
 from storage.corpus import Corpus
 from storage.locations import Location
+from storage.segments import SourceChanged
 from tests.end_to_end.conftest import Settings, write_texts
 
 
@@ -120,8 +121,8 @@ def test_a_source_may_change_until_a_row_of_it_is_kept(settings: Settings, tmp_p
         write_texts(tmp_path / "a.jsonl", count)
         ingest_set(run, "train", config.corpus, task, "text-classification", folders[0], quiet)
     assert Corpus.open(run, "train").rows == 3
-    write_texts(tmp_path / "a.jsonl", 4)
-    with pytest.raises(StageMismatch, match="corpus 'train' of run .* was made with content="):
+    write_texts(tmp_path / "a.jsonl", 4, first=1)
+    with pytest.raises(SourceChanged, match="corpus 'train' of run .* was made with source_id='r0' at .*line 1"):
         ingest_set(run, "train", config.corpus, task, "text-classification", folders[0], quiet)
 
 
