@@ -75,6 +75,11 @@ def chosen_coordinates(model: nn.Module, patterns: Iterable[str]) -> Coordinates
     )
 
 
+def flat_coordinates(sizes: dict[str, int]) -> Coordinates:  # in the model's order
+    """Return the space of whole gradient rows without the model: to join and split them, not for the weights' tensors."""
+    return Coordinates(tuple(Weight(name, (size,), False) for name, size in sizes.items()))
+
+
 def top_layers(model: nn.Module, count: int = 2) -> list[str]:
     """Return the names of the weights in the last `count` layers and all that comes after them: pooler, norm, head.
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only  # knows transformers' outputs
 
 from engine.batches import Batch
 from engine.coordinates import Coordinates
-from engine.gradients import check_losses
+from engine.gradient_batch import check_losses
 from engine.prefix import Prefix, Recording, recorded_bytes
 
 Loss = Callable[[nn.Module, Batch], Tensor]  # [B]
@@ -155,8 +155,8 @@ def directional_derivatives(
     coordinates: Coordinates,
     batch: Batch,
     direction: Tensor,  # (size,), such as one query's H⁻¹∇ℓ
-) -> Tensor:  # float64 [B]
-    """Return ∇ℓ_z · direction for every example: one forward pass in forward mode, no gradient made.
+) -> tuple[Tensor, Tensor]:  # both float64 [B]
+    """Return ℓ_z and ∇ℓ_z · direction for every example: one forward pass in forward mode, no gradient made.
 
     An embedding's padding row has no gradient, as in backward passes.
     """
@@ -165,10 +165,10 @@ def directional_derivatives(
     vectors, scale = _scaled(direction[:, None])
     tangents = tuple(coordinates.tensors(vectors[0].to(weights[0].dtype)))
     with _differentiable(), _padding_held(model):
-        derivatives = torch.func.jvp(
+        losses, derivatives, *_ = torch.func.jvp(
             lambda *given: losses_at(model, loss, coordinates, list(given), batch), weights, tangents
-        )[1]
-    return derivatives.double() * scale.squeeze()
+        )
+    return losses.detach().double(), derivatives.double() * scale.squeeze()
 
 
 def tree_sum(partials: Iterable[Tensor]) -> Tensor:

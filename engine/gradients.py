@@ -22,21 +22,11 @@ from torch import Tensor, nn
 from engine import convolution, routed, vocabulary
 from engine.batches import Batch
 from engine.factors import Factor, squared_norm
+from engine.gradient_batch import GradientBatch, check_losses, joined
 from engine.norms import CHANNELS_SECOND, normalised
 from engine.parameters import Parameter, Use
-from engine.projection import RowLayout
 from engine.projectors import Projector, TwoSided
 from engine.tasks.text import wide
-
-
-@dataclass(frozen=True)
-class GradientBatch:
-    """What one pass over B examples gives, in the batch's order."""
-
-    ids: Tensor  # int64 [B]
-    losses: Tensor  # float64 [B]
-    arrays: dict[str, Tensor]  # name -> float32 (or the model's wider dtype) [B, columns]
-    norms: Tensor | None  # [B, parameters], exact ‖∇‖₂ of each parameter; None if not asked for
 
 
 @dataclass
@@ -112,7 +102,7 @@ class PerExampleGradients:
         if not self._warned:
             self._warned = True
             warnings.warn(f"{reason}: every example is run alone, which is slower", stacklevel=2)
-        return _joined([self._alone(loss, batch.take([i])) for i in range(len(batch))])
+        return joined([self._alone(loss, batch.take([i])) for i in range(len(batch))])
 
     def _alone(self, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> GradientBatch:
         try:
@@ -129,7 +119,7 @@ class PerExampleGradients:
         torch.cuda.empty_cache()
         middle = len(batch) // 2
         halves = [batch.take(list(part)) for part in (range(middle), range(middle, len(batch)))]
-        return _joined([self(loss, half) for half in halves])
+        return joined([self(loss, half) for half in halves])
 
     def why_alone(self, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> str | None:
         """Return why examples cannot share a batch, None if they can. Looked at on the first batch of several."""
@@ -268,6 +258,10 @@ class PerExampleGradients:
             self._fusing = kept and alone and same()
         return self._fusing
 
+    def takes(self, head: nn.Linear) -> bool:
+        """Tell whether the head is one of the modules looked at."""
+        return head in self._uses
+
     def reduce_head(self, head: nn.Linear, delta: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the projected output factor [b, T, k], and its Gram matrices [b, T, T] if norms need them."""
         for index, _ in self._uses.get(head, []):
@@ -341,15 +335,6 @@ def _taking_gradients(weights: list[Tensor]) -> Iterator[None]:
             weight.grad = None
 
 
-def _joined(parts: list[GradientBatch]) -> GradientBatch:
-    """Return one batch of all examples, in their order."""
-    arrays = {name: torch.cat([part.arrays[name] for part in parts]) for name in parts[0].arrays}
-    norms = None if parts[0].norms is None else torch.cat([cast(Tensor, part.norms) for part in parts])
-    return GradientBatch(
-        torch.cat([part.ids for part in parts]), torch.cat([part.losses for part in parts]), arrays, norms
-    )
-
-
 def _tensor(held: Factor | Tensor) -> Tensor:
     return held.values if isinstance(held, Factor) else held
 
@@ -363,7 +348,7 @@ def _vector_gradient(role: str, module: nn.Module, inner: Factor | Tensor, delta
         return convolution.output_tokens(module, delta).sum(1)
     if isinstance(module, CHANNELS_SECOND):
         return delta.flatten(2).sum(2) if delta.dim() > 2 else delta
-    return delta.reshape(delta.shape[0], -1, delta.shape[-1]).sum(1)
+    return delta.flatten(1, -2).sum(1) if delta.dim() > 2 else delta
 
 
 def _matrix_factors(index: int, use: Use, module: nn.Module, held: Factor | Tensor, delta: Tensor) -> _Call:
@@ -378,28 +363,3 @@ def _matrix_factors(index: int, use: Use, module: nn.Module, held: Factor | Tens
         delta = delta * (held.values != cast(int, module.padding_idx)).unsqueeze(-1)
     gradient = Factor(delta)
     return _Call(index, held, gradient) if use.role == "embedding-transposed" else _Call(index, gradient, held)
-
-
-def check_losses(losses: Tensor, size: int) -> None:
-    """Raise ValueError unless the loss gave one number per example."""
-    if losses.shape != (size,):
-        raise ValueError(
-            f"the task's loss returned shape {tuple(losses.shape)} for {size} examples: it must return one loss per "
-            f"example, shape ({size},), summed over the example's tokens and never over the batch."
-        )
-
-
-def nonfinite(batch: GradientBatch, layout: RowLayout) -> dict[int, str]:
-    """Return, for every example with a NaN or infinity, its position and where: the loss or the first such parameter."""
-    found: dict[int, str] = {}
-    for position in torch.nonzero(~torch.isfinite(batch.losses)).flatten().tolist():
-        found[position] = "the loss"
-    for name, array in batch.arrays.items():
-        for position in torch.nonzero(~torch.isfinite(array).all(1)).flatten().tolist():
-            bad = torch.nonzero(~torch.isfinite(array[position])).flatten()[0].item()
-            here = next((r.parameter for r in layout.ranges if r.array == name and r.start <= bad < r.stop), name)
-            found.setdefault(position, "the gradient" if here == "*" else f"the gradient of {here}")
-    if batch.norms is not None:  # too large for its square, though not for itself
-        for position in torch.nonzero(~torch.isfinite(batch.norms).all(1)).flatten().tolist():
-            found.setdefault(position, "the norm of the gradient")
-    return found

@@ -21,7 +21,7 @@ def faiss_module() -> Any:
         import faiss
     except ModuleNotFoundError as error:
         raise ValueError(
-            "output.neighbours needs FAISS: install the extra `cpu`, `gpu` or `gpu-cuvs`, or use exact"
+            "output.neighbours and method fastif need FAISS: install the extra `cpu`, `gpu` or `gpu-cuvs`"
         ) from error
     return faiss
 

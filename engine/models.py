@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from engine.adapters import adapter_base, is_adapter, with_adapter
-from engine.attention import register
+from engine.attention import attend_in_float32
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -81,11 +81,12 @@ def _read_hugging_face(
         raise ValueError(
             f"{folder} has no config.json: not a Hugging Face model folder. Set task.settings.factory for a torch module."
         )
+    attend_in_float32()
     try:
         with quiet_transformers():
             model, info = auto_class.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, attn_implementation=register(attention),
-                output_loading_info=True, ignore_mismatched_sizes=True, **settings,
+                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+                attn_implementation=None if attention == "auto" else attention, ignore_mismatched_sizes=True, **settings,
             )  # fmt: skip
     except OSError as error:
         raise ValueError(f"{folder} does not load as {auto_class.__name__}: {error}") from error

@@ -63,16 +63,21 @@ def lissa_repetition(
     b = right_hand_side(operator, b, settings.damping)
     check_scale(settings, largest)
     state = state or LissaState(0, b)
-    key = derive_key(settings.seed, "lissa", repetition)
+    batches = lissa_batches(ids, settings, repetition)
     decay, s = 1 - settings.damping / settings.scale, settings.scale
     while state.iteration < settings.iterations:
         j = state.iteration + 1
-        batch = draw(ids, key, j, settings.batch_size)
-        x = b + decay * state.x - applied(operator, state.x, batch) / s
+        x = b + decay * state.x - applied(operator, state.x, batches[state.iteration]) / s
         refuse_growth("LiSSA", x.norm(dim=0), (j + 1) * b.norm(dim=0), j, f"scale {s:.3g}", f"scale={2 * s:.3g}")
         state = LissaState(j, x)
         yield state
     return state.x / s
+
+
+def lissa_batches(ids: Tensor, settings: Lissa, repetition: int) -> Tensor:  # int64 [J, B]
+    """Return the examples of every iteration of one repetition."""
+    key = derive_key(settings.seed, "lissa", repetition)
+    return torch.stack([draw(ids, key, j, settings.batch_size) for j in range(1, settings.iterations + 1)])
 
 
 def lissa_solution(

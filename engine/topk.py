@@ -1,5 +1,6 @@
 """A running top-k at both ends of every query's scores, mergeable in any order, ties broken by the smaller id."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,17 @@ def _lowest(ids: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray:
         near = np.flatnonzero(keys[:, column] <= bound[column])  # everything tied with the k-th is in the running
         out[:, column] = near[np.lexsort((ids[near], keys[near, column]))[:k]]
     return out
+
+
+def without(top: TopK, ids: Collection[int]) -> TopK:
+    """Return a top-k of the same shape that lacks these ids: the others move up, id −1 and NaN fill the end."""
+    gone = np.isin(top.ids, np.fromiter(ids, np.int64, len(ids)))
+    order = np.argsort(gone, axis=2, kind="stable")
+    there = ~np.take_along_axis(gone, order, axis=2)
+    return TopK(
+        np.where(there, np.take_along_axis(top.ids, order, axis=2), -1),
+        np.where(there, np.take_along_axis(top.scores, order, axis=2), np.nan),
+    )
 
 
 def merge(a: TopK, b: TopK, k: int) -> TopK:

@@ -131,8 +131,8 @@ class GradientsSection(Section):
     dtype: Literal["float16", "float32", "bfloat16"] = Field("float16", description="dtype of stored rows")
     compression: Literal["none", "blosc-lz4"] = Field("none", description="of stored rows; saves about 6 %")
     norms: bool = Field(True, description="exact per-parameter norms: self-influence and cosine need them")
-    attention: Literal["auto", "sdpa", "sdpa-float32", "eager"] = Field(
-        "auto", description="of transformers models; auto: sdpa, in float32 for bfloat16 on a CPU"
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="of transformers models; auto: sdpa where the model has it"
     )
     token_budget: Literal["auto"] | PositiveInt = Field(
         "auto", description="padded tokens a batch; auto: what is fastest on a CPU, what fits a GPU"

@@ -16,12 +16,13 @@ from actors.solve import leave_out
 from actors.specs import CheckpointSpec, GradientSpec, ModelSpec, ScoreSpec
 from engine.batches import Batch
 from engine.limits import read_limits
+from engine.memory import CPU_TOKENS
 from engine.methods.contract import Method, QueryState, inverse_of, load_method
 from engine.projection import Projection
 from engine.tasks.contract import Task, encode, predict
 from engine.tasks.labels import Labels
 from engine.topk import TopK, merge
-from storage.corpus import Corpus
+from storage.corpus import Corpus, erased_ids
 from storage.index import SIDES, ScoreIndex
 from storage.locations import Location
 
@@ -88,7 +89,7 @@ def read_setting(run: Location, index: ScoreIndex) -> Setting:
     return Setting(
         WorkerContext(run.uri),
         ModelSpec(**record["model"], checkpoints=found),
-        GradientSpec(tuple(g["parameters"]), Projection(**g["projection"]), g["norms"], g["token_budget"]),
+        GradientSpec(tuple(g["parameters"]), Projection(**g["projection"]), g["norms"], min(g["token_budget"], CPU_TOKENS)),
         score,
         load_method(score.method, score.method_settings),
         int(record["shard_rows"]),
@@ -101,7 +102,11 @@ def refuse_offline(setting: Setting) -> None:
     if not (setting.method.online and setting.score.stored):
         raise ValueError(
             f"scores {setting.score.label} cannot answer a new text at once: "
-            + ("they were made without a store. " if setting.method.online else "every query needs a solve of its own. ")
+            + (
+                "they were made without a store. "
+                if setting.method.online
+                else "every query needs a solve of its own. "
+            )
             + "Put it into a query set and run score.py, or score with "
             + ("gradients.store=true." if setting.method.online else "a method that is online.")
         )
@@ -167,7 +172,8 @@ def score_records(setting: Setting, records: list[dict[str, Any]], k: int, kind:
     if kind == EXACT:
         top = scan(setting, states, k)
     else:
-        top = search_neighbours(run, label, kind, setting.method, list(states.values()), k)
+        erased = erased_ids(setting.corpus.run, setting.corpus.name)
+        top = search_neighbours(run, label, kind, setting.method, list(states.values()), k, erased)
     about = about_search(run, label, kind)
     answers = []
     for i, record in enumerate(records):
@@ -219,13 +225,13 @@ def first_row(row: dict[str, Any]) -> dict[str, Any]:
 def scan(setting: Setting, states: dict[str, QueryState], k: int) -> TopK:
     """Return the top-k of all stored rows, one shard after another."""
     top, corpus, spec = None, setting.corpus, replace(setting.score, top_k=k, dense=False)
-    segments = {s.name: s for s in corpus.segments}
+    segments, erased = {s.name: s for s in corpus.segments}, erased_ids(corpus.run, corpus.name)
     for at in shards(corpus, setting.shard_rows):
         ids = segments[at["segment"]].base + np.arange(at["start"], at["stop"], dtype=np.int64)
         parts = (
             state_block(setting.context, setting.score, setting.gradients, at, ids, n, s) for n, s in states.items()
         )
-        here = add_up(ids, parts, spec).top
+        here = add_up(ids, parts, spec, erased=erased).top
         top = here if top is None else merge(top, here, k)
     assert top is not None
     return top

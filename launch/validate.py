@@ -5,7 +5,8 @@
     python launch/validate.py --tables                   write the README's tables from the committed results
 
 Finished cells lie in tests/benchmarks/results/cells/NAME/, the result in tests/benchmarks/results/NAME.json; report.md and
-plots go to runs/validate/NAME/ (a toy pass: NAME-toy/, its cells too).
+plots go to runs/validate/NAME/ (a toy pass: NAME-toy/, its cells too), the pictures of a full-size pass also to
+tests/benchmarks/results/plots/NAME/.
 """
 
 import datetime
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -52,7 +54,16 @@ def validate(name: str, toy: bool = False, results: Path = RESULTS, reports: Pat
         experiment.plot(config, done, str(folder))
     if not toy:
         (results / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        _keep_plots(folder, results / "plots" / name)
     return gates
+
+
+def _keep_plots(folder: Path, kept: Path) -> None:
+    """Copy a full-size pass's pictures, and what they are explained by, to where they are committed."""
+    shutil.rmtree(kept, ignore_errors=True)
+    for file in (one for one in folder.iterdir() if one.suffix in (".png", ".md") and one.name != "report.md"):
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, kept)
 
 
 def experiment_config(name: str, toy: bool) -> dict[str, Any]:
@@ -125,11 +136,18 @@ def write_tables(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> 
         machine = f"{report['machine']['cores']} cores, {report['machine']['memory_gib']} GiB"
         parts.append(
             f"**`{report['name']}`**: {report['claim']} ({report['date']}, commit {report['commit']}, {machine})\n\n"
-            f"{gate_table(report['gates'])}"
+            f"{gate_table(report['gates'])}{_plot_links(file.parent / 'plots' / report['name'], readme.parent)}"
         )
     text = readme.read_text()
     block = "<!-- results: begin -->\n" + "\n\n".join(parts) + "\n<!-- results: end -->"
     readme.write_text(re.sub(r"<!-- results: begin -->.*<!-- results: end -->", lambda _: block, text, flags=re.S))
+
+
+def _plot_links(folder: Path, root: Path) -> str:
+    links = [
+        f"[{file.name}]({file.relative_to(root)})" for file in sorted(folder.glob("*")) if folder.is_relative_to(root)
+    ]
+    return f"\n\nPictures: {', '.join(links)}" if links else ""
 
 
 def main(

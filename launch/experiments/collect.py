@@ -254,7 +254,7 @@ def collection(setup: Setup, folder: Path, form: Form) -> tuple[Worker, dict[str
     corpus = Corpus.open(run, TRAIN)
     for segment in corpus.segments:
         store.prepare(TRAIN, CHECKPOINT, segment.name, segment.rows, setup.shard_rows)
-    settings = {"model": replace(setup.spec, compute=form.compute, attention="auto"), "gradients": gradients}
+    settings = {"model": replace(setup.spec, compute=form.compute), "gradients": gradients}
     return Worker(run.uri, "cpu"), settings, setup.units
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from engine.batches import Batch
 from engine.checkpoint_choice import choose_checkpoints
-from engine.gradients import GradientBatch, PerExampleGradients
+from engine.gradient_batch import GradientBatch
+from engine.gradients import PerExampleGradients
 from engine.methods.contract import QueryState, Rows, ScoreBlock, join_batches
 from engine.methods.tracin import TracIn
 from engine.parameters import select_parameters

@@ -152,7 +152,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
         title = f"{config['flipped']:.0%} wrong labels among {settings['rows']['train']:,} {NOUNS[name]}"
         axes.set_title(f"{title} (line: mean, band: range over {len(results)} seeds)", loc="left", fontsize=10)
     for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"found.{kind}", dpi=100)
+        figure.savefig(Path(folder) / f"found.{kind}", dpi=90)
 
 
 def draw(axes: Axes, results: list[dict[str, Any]]) -> None:

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -27,9 +30,9 @@ def left_by_peft(folder: Path, model: nn.Module, name: str = "adapter", spread: 
     torch.manual_seed(0)
     adapted = peft.get_peft_model(again, peft.LoraConfig(r=2, lora_alpha=3, **settings))
     with torch.no_grad():
-        for own in adapter_parameters(adapted):
-            weight = adapted.get_parameter(own)
-            weight += spread * torch.randn(weight.shape)
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight += spread * torch.randn(weight.shape)
     adapted.save_pretrained(folder / name)
     return folder / name
 
@@ -76,6 +79,48 @@ def test_gradients_of_the_matrices_equal_autograd(tmp_path, kind):
     for index, name in enumerate(names):
         assert oracles.relative_error(out.arrays[name], truth[name].flatten(1)) <= 1e-10, name
         assert oracles.relative_error(out.norms[:, index], truth[name].flatten(1).norm(dim=1)) <= 1e-10, name
+
+
+MORE: dict[str, dict[str, Any]] = {
+    "all biases": {"bias": "all"},
+    "their biases": {"bias": "lora_only"},
+    "tokens": {"trainable_token_indices": [1, 2]},
+    "a module": {"modules_to_save": ["ln_f"]},
+    "an embedding": {"target_modules": ["c_attn", "wte"]},
+}
+
+
+@pytest.mark.parametrize("what", MORE)
+def test_all_that_training_moved_is_looked_at_or_named_as_missing(tmp_path: Path, what: str) -> None:
+    settings = {"task_type": "CAUSAL_LM", "target_modules": ["c_attn"]} | MORE[what]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's own, on embeddings among the target modules
+        folder = left_by_peft(tmp_path, tiny_gpt2(), **settings)
+        base = type(tiny_gpt2()).from_pretrained(tmp_path / "base")
+        trained = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+        model = loaded(folder, "AutoModelForCausalLM").double().eval()
+    names = adapter_parameters(model)
+    assert set(names) == {name for name, weight in trained.named_parameters() if weight.requires_grad}
+    supported = [name for name in names if "wte" not in name]
+    batches = [oracles.one_example(token_batch(), i) for i in range(2)]
+    report = measure_coverage(model, select_parameters(model, supported), token_loss, batches, set(names))
+    gradients = oracles.gradients(model, token_loss, token_batch().take([0, 1]))
+    squares = {name: float(gradients[name].square().sum()) for name in names}
+    share = sum(squares[name] for name in supported) / sum(squares.values())
+    assert report.share == pytest.approx(share, rel=1e-9)
+    assert {name for name, _ in report.missing} == set(names) - set(supported)
+    assert (share < 0.999) == (what in ("tokens", "an embedding"))
+
+
+def test_a_weight_of_the_base_that_the_file_repeats_unchanged_was_not_moved(tmp_path: Path) -> None:
+    folder = left_by_peft(tmp_path, tiny_gpt2(), task_type="CAUSAL_LM", target_modules=["c_attn"], bias="all")
+    state = read_state(folder)
+    still = "base_model.model.transformer.h.0.ln_1.bias"
+    state[still] = tiny_gpt2().transformer.h[0].ln_1.bias.detach()
+    safetensors.torch.save_file(state, folder / "adapter_model.safetensors")
+    assert sorted(adapter_parameters(loaded(folder, "AutoModelForCausalLM"))) == sorted(
+        name.replace(".weight", ".default.weight") if ".lora_" in name else name for name in state if name != still
+    )
 
 
 def test_a_matrix_whose_partner_is_zero_is_named(tmp_path):

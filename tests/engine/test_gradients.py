@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from engine import gradients, projectors
 from engine.batches import Batch
 from engine.factors import Factor
-from engine.gradients import GradientBatch, PerExampleGradients, nonfinite
+from engine.gradient_batch import GradientBatch, nonfinite
+from engine.gradients import PerExampleGradients
 from engine.parameters import Parameter, select_parameters
 from engine.projection import Projection
 from engine.projectors import Whole, make_projector

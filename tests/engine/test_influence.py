@@ -65,7 +65,7 @@ def along(theta: Tensor, loss: Callable, train: Batch, block: Tensor) -> Tensor:
     """Return ∇ℓ(z) · x for every example and column, [n, Q]."""
     model = linear(theta)
     chosen = chosen_coordinates(model, ["*"])
-    return torch.stack([directional_derivatives(model, loss, chosen, train, x) for x in block.T], 1)
+    return torch.stack([directional_derivatives(model, loss, chosen, train, x)[1] for x in block.T], 1)
 
 
 def ridge(x: Tensor, y: Tensor, count: int) -> Tensor:

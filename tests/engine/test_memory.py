@@ -27,7 +27,21 @@ def test_a_batch_is_never_larger_than_the_most():
 
 
 def test_a_cpu_takes_what_stays_in_its_cache():
-    assert memory.token_budget(torch.device("cpu"), lambda budget: pytest.fail("nothing to try")) == memory.CPU_TOKENS
+    def budget(numbers: int) -> int:
+        return memory.token_budget(torch.device("cpu"), lambda budget: pytest.fail("nothing to try"), numbers)
+
+    assert budget(36_000) == memory.CPU_TOKENS  # a token of MiniLM
+    assert budget(262_144) == 512  # an image of 32 x 32 through four layers of 64 channels
+    assert budget(1 << 40) == 1
+
+
+def test_the_numbers_of_every_layer_are_counted():
+    model, batch = ToyMlp(), mlp_batch()
+    batch = Batch(batch.ids, {name: t.float() if t.is_floating_point() else t for name, t in batch.tensors.items()})
+    put_out = memory.numbers_put_out(model, lambda: mlp_loss(model, batch))
+    layers = (6, 6, 6, 6, 6, 6, 6, 6, 3)  # first, act, norm, shared, act, shared, act, rms, head
+    assert put_out == sum(layers) * len(batch)
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 @pytest.mark.gpu
@@ -36,7 +50,9 @@ def test_a_gpu_is_tried_with_two_sizes(monkeypatch):
     if torch.cuda.is_available():
         device = torch.device("cuda")
         held = torch.zeros(1 << 20, device=device)  # what is there already is no part of a batch
-        found = memory.token_budget(device, lambda tokens: (tried.append(tokens), held.new_zeros(tokens, 4096).sum()))
+        found = memory.token_budget(
+            device, lambda tokens: (tried.append(tokens), held.new_zeros(tokens, 4096).sum()), 1
+        )
         assert 1024 <= found <= memory._MOST
     else:  # a card of 16 GB with 2 GB of weights, 100 kB a token
         fake = SimpleNamespace(
@@ -45,7 +61,7 @@ def test_a_gpu_is_tried_with_two_sizes(monkeypatch):
             max_memory_allocated=lambda _: 2 * 10**9 + 100_000 * tried[-1],
         )  # fmt: skip
         monkeypatch.setattr(torch, "cuda", fake)
-        assert memory.token_budget(torch.device("cuda"), tried.append) == 65536  # 84,000 fit in .6 · 14 GB
+        assert memory.token_budget(torch.device("cuda"), tried.append, 1) == 65536  # 84,000 fit in .6 · 14 GB
     assert tried == [1024, 1024, 2048]
 
 

@@ -1,5 +1,7 @@
 """Normalisations of transformers, recognised by what they compute."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,6 +109,32 @@ class UnusedNorm(WideRMSNorm):
 class BrokenNorm(WideRMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x.reshape(7, 11)
+
+
+class FourDimensionsNorm(WideRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 4
+        return self.weight * x
+
+
+class TwoAnswersNorm(WideRMSNorm):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.weight * x, x
+
+
+class RecordNorm(WideRMSNorm):
+    def forward(self, x: Any) -> Tensor:
+        return self.weight * x.hidden
+
+
+class MappingNorm(WideRMSNorm):
+    def forward(self, x: Any) -> Tensor:
+        raise KeyError("x")
+
+
+@pytest.mark.parametrize("kind", [FourDimensionsNorm, TwoAnswersNorm, RecordNorm, MappingNorm])
+def test_a_module_that_fails_on_the_probe_is_not_supported(kind: type[nn.Module]) -> None:
+    assert supported_parameters(Normed(kind(6)))[1] == ["norm.weight"]
 
 
 @pytest.mark.parametrize("kind", [SquaredNorm, MixingNorm, CrossedNorm, UnusedNorm, BrokenNorm, Qwen3NextRMSNormGated])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.batches import Batch
-from engine.gradients import GradientBatch, PerExampleGradients
+from engine.gradient_batch import GradientBatch
+from engine.gradients import PerExampleGradients
 from engine.methods import tracin
 from engine.methods.contract import Method, QueryState, Rows, join_batches
 from engine.methods.tracin import GradientCosine, GradientDot, TracIn

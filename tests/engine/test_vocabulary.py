@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from engine import vocabulary
 from engine.batches import Batch
-from engine.gradients import GradientBatch, PerExampleGradients
+from engine.gradient_batch import GradientBatch
+from engine.gradients import PerExampleGradients
 from engine.parameters import select_parameters
 from engine.projection import Projection
 from engine.projectors import Projector, Whole, make_projector
@@ -120,3 +121,10 @@ def test_nothing_is_fused_outside_a_pass():
     with torch.no_grad():
         loss(model, batch_of([4, 2]))
     assert seen
+
+
+def test_modules_outside_the_loss_are_an_error_with_a_fused_head_too():
+    model = model_of()
+    model.idle = nn.Linear(3, 3).double()
+    with pytest.raises(ValueError, match="does not depend on any of the chosen modules"):
+        take(model, ["idle"], True)

@@ -65,7 +65,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(sections: dict[str, Any], 
         ),
         (
             {"gradients": {"modules": [5]}},
-            "gradients.modules=[5] is not allowed: must be 'changed' or a list of texts. The default is 'changed'.",
+            "gradients.modules=[5] is not allowed: must be 'changed' or 'top' or a list of texts.",
         ),
         (
             {"gradients": {"norms": "maybe"}},

@@ -1,0 +1,118 @@
+"""Bottleneck adapters of Houlsby et al. 2019 (arXiv:1902.00751): small layers beside frozen pretrained weights.
+
+An adapter h ↦ h + up(act(down(h))) follows the output projections of attention and of the feed-forward layers, before the
+residual sum. It is a child of the projection, whose weights keep their names: a checkpoint with adapters still loads into
+the plain model. LoRA adapters in PEFT's format are another thing: engine/adapters.py.
+"""
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from engine.counters import derive_key, normals
+
+PROJECTIONS = (
+    "*.output.dense",  # BERT, RoBERTa, ELECTRA: attention.output.dense and output.dense
+    "*.attention.out_lin", "*.ffn.lin2",  # DistilBERT
+    "*.attn.c_proj", "*.mlp.c_proj",  # GPT-2
+    "*.self_attn.o_proj", "*.mlp.down_proj",  # Llama, Mistral, Qwen, Gemma
+    "*_attn.out_proj", "*.fc2",  # BART
+    "*.attention.o_proj",  # ViT, with fc2
+    "*Attention.o", "*.DenseReluDense.wo",  # T5
+)  # fmt: skip
+PLACE = "*.adapter.act"  # where turn-over dropout masks an adapter: its bottleneck
+TRAINED = "*.adapter.*"  # the adapters' own weights
+_DEVIATION = 1e-2  # of the first weights, cut at twice this: Houlsby et al., section 3.6
+
+
+class Adapter(nn.Module):
+    """h ↦ h + up(act(down(h))), close to the identity at first."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.down, self.act, self.up = nn.Linear(features, width), nn.GELU(), nn.Linear(width, features)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.up(self.act(self.down(h)))
+
+
+class AdaptedLinear(nn.Linear):
+    """A Linear whose call is its own call, hooks included, and then its adapter."""
+
+    adapter: Adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.adapter(super().__call__(*args, **kwargs))
+
+
+class AdaptedConv1D(Conv1D):
+    """The same for GPT-2's transposed Linear."""
+
+    adapter: Adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.adapter(super().__call__(*args, **kwargs))
+
+
+_ADAPTED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: AdaptedLinear, Conv1D: AdaptedConv1D}
+
+
+def add_adapters(
+    model: nn.Module,
+    width: int,  # units of the bottleneck
+    projections: Sequence[str] = PROJECTIONS,  # globs over module names
+    seed: int = 0,
+) -> list[str]:
+    """Put an adapter behind every projection that a glob names, in place; return the projections' names.
+
+    First weights come from counters keyed by (seed, name). Raises ValueError if nothing matches, or if a match is no
+    plain Linear or Conv1D.
+    """
+    if width < 1:
+        raise ValueError(f"adapter width {width} is not allowed: must be at least 1. The paper uses 8 to 256.")
+    chosen = {
+        name: module
+        for name, module in model.named_modules()
+        if any(fnmatch.fnmatchcase(name, glob) for glob in projections)
+    }
+    if not chosen:
+        raise ValueError(
+            f"no module of {type(model).__name__} matches {', '.join(projections)}: name the output projections of its "
+            f"attention and feed-forward layers. It has, for example, {', '.join(linear_names(model)[-4:])}."
+        )
+    for name, module in chosen.items():
+        if type(module) not in _ADAPTED:
+            raise ValueError(f"module {name} is a {type(module).__name__}: only a Linear or Conv1D takes an adapter")
+        _adapt(module, width, derive_key(seed, "adapter", name))
+    return list(chosen)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the names of the modules that could take an adapter."""
+    return [name for name, module in model.named_modules() if type(module) in _ADAPTED]
+
+
+def adapter_widths(model: nn.Module) -> dict[str, int]:
+    """Return the name of every projection that has an adapter, and the adapter's width."""
+    return {
+        name: module.adapter.down.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, (AdaptedLinear, AdaptedConv1D))
+    }
+
+
+def _adapt(module: nn.Module, width: int, key: int) -> None:
+    weight = next(module.parameters())
+    features = module.nf if isinstance(module, Conv1D) else weight.shape[0]
+    adapter = Adapter(features, width).to(weight.device, weight.dtype).train(module.training)
+    drawn = torch.from_numpy(normals(key, 0, 2 * width * features)).clamp(-2, 2) * _DEVIATION
+    with torch.no_grad():
+        for linear, part in zip((adapter.down, adapter.up), drawn.chunk(2), strict=True):
+            linear.weight.copy_(part.view(linear.weight.shape))
+            linear.bias.zero_()
+    module.__class__ = _ADAPTED[type(module)]
+    module.adapter = adapter
