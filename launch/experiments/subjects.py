@@ -163,13 +163,13 @@ def token_states(base: str, layers: int | None, texts: tuple[str, ...], max_toke
     model.encoder.layer = model.encoder.layer[:layers]  # type: ignore[union-attr, index]
     tokens = [cut_tokens(tokenizer, text, max_tokens)[0] for text in texts]
     states: dict[int, Tensor] = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for rows in plan_batches(np.array([len(ids) for ids in tokens]), TOKEN_BUDGET):
             chosen = [tokens[i] for i in rows]
             mask = pad([np.ones(len(ids), dtype=np.int64) for ids in chosen], 0)
             out = model(input_ids=pad(chosen, padding_id(tokenizer)), attention_mask=mask).last_hidden_state
             states |= {int(i): out[k, : len(tokens[i])].clone() for k, i in enumerate(rows)}
-    return [states[i].clone() for i in range(len(texts))]  # outside inference mode: training may save them
+    return [states[i] for i in range(len(texts))]
 
 
 def top_layers(base: str, count: int, classes: int) -> nn.Module:

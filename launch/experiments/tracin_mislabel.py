@@ -180,7 +180,7 @@ def name_curves(axes: Axes, results: list[dict[str, Any]]) -> None:
 EXPERIMENT = Experiment(
     name="tracin.mislabel",
     claim="TracIn self-influence finds wrong labels: 10 % flipped among 7,000 MNIST digits and 2,000 movie reviews",
-    minutes=20,
+    minutes=12,
     cells=seeded_cells,
     run=run_seed,
     gates=gates,

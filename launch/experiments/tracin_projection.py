@@ -160,7 +160,7 @@ def draw(left: Axes, right: Axes, kind: str, colour: str, results: list[dict[str
 EXPERIMENT = Experiment(
     name="tracin.projection",
     claim="How far gradients may be projected before TracIn's ranking changes, two-sided and dense",
-    minutes=20,
+    minutes=10,
     cells=seeded_cells,
     run=run_seed,
     gates=gates,

@@ -198,7 +198,7 @@ def cell_text(record: dict[str, Any]) -> str:
 EXPERIMENT = Experiment(
     name="tracin.proponents",
     claim="The top proponents of a correct prediction share its label: MNIST digits and WordNet glosses of 45 classes",
-    minutes=12,
+    minutes=8,
     cells=seeded_cells,
     run=run_seed,
     gates=gates,
