@@ -1,5 +1,6 @@
 """Stages 1a and 1b: look at the model once, then compute every shard's gradient rows into the store."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,14 +14,16 @@ from actors.specs import GradientSpec, ModelSpec
 from actors.units import Receipt, Unit
 from engine.adapters import adapter_parameters
 from engine.batches import plan_batches
+from engine.coordinates import top_layers
 from engine.coverage import measure_coverage, why_alone
-from engine.gradients import GradientBatch, PerExampleGradients, nonfinite
-from engine.memory import token_budget
+from engine.gradient_batch import GradientBatch, nonfinite
+from engine.gradients import PerExampleGradients
+from engine.memory import numbers_put_out, token_budget
 from engine.models import read_state
 from engine.parameters import Parameter, changed_parameters, select_parameters
 from engine.projection import row_layout
 from engine.tasks.contract import Task
-from storage.gradients import DONE, QUARANTINED, RowBlock
+from storage.gradients import DONE, ERASED, QUARANTINED, RowBlock
 from storage.locations import to_json
 
 
@@ -30,7 +33,10 @@ def inspect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     last = model.checkpoints[-1].name
     network = context.model(model, last)
     moved = _moved(context, model, network)
-    patterns = (moved or ["*"]) if settings["modules"] == "changed" else settings["modules"]
+    patterns = settings["modules"]
+    if patterns in ("changed", "top"):
+        upper = top_layers(network)
+        patterns = [n for n in moved or ["*"] if patterns == "changed" or n in upper] or upper
     parameters = select_parameters(network, patterns)
     projection = settings["projection"]
     layout = row_layout(parameters, projection) if settings["stored"] else None
@@ -62,14 +68,16 @@ def _token_budget(
         return settings["token_budget"]
     model: ModelSpec = settings["model"]
     spec = GradientSpec(tuple(p.name for p in parameters), settings["projection"], settings["norms"], 1)
+    task, last = context.task(model), model.checkpoints[-1].name
     longest = max(rows, key=lambda row: row["length"])
+    network, one = context.model(model, last), task.collate([longest]).to(context.device)
+    numbers = numbers_put_out(network, lambda: task.loss(network, one)) // longest["length"]
 
     def run(budget: int) -> None:
-        task, form = context.task(model), "rows" if settings["stored"] else "whole"
-        hooks = context.gradients(model, model.checkpoints[-1].name, spec, form)
+        hooks = context.gradients(model, last, spec, "rows" if settings["stored"] else "whole")
         hooks(task.loss, task.collate([longest] * max(1, budget // longest["length"])).to(context.device))
 
-    return token_budget(context.device, run)
+    return token_budget(context.device, run, numbers)
 
 
 def _sample(context: WorkerContext, settings: dict[str, Any]) -> list[dict]:
@@ -77,7 +85,9 @@ def _sample(context: WorkerContext, settings: dict[str, Any]) -> list[dict]:
     corpus = context.corpus(settings["home"], settings["corpus"])
     segment = corpus.segments[0]
     count = min(max(3, settings["coverage"]), segment.rows)
-    places = [i * segment.rows // count for i in range(count)]
+    live = np.setdiff1d(np.arange(segment.rows), np.fromiter(corpus.erased(), np.int64) - segment.base)
+    count = min(count, len(live))
+    places = [int(live[i * len(live) // count]) for i in range(count)]
     return [row for place in places for row in corpus.read(segment, place, place + 1)]
 
 
@@ -108,7 +118,8 @@ def collect_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
         rows = context.rows(None, at["set"], at)
     with context.computing:
         hooks = context.gradients(model, at["checkpoint"], spec)
-        shard, bad = shard_gradients(hooks, context.task(model), rows, spec, context.device)
+        gone = context.erased(None, at["set"], at)
+        shard, bad = shard_gradients(hooks, context.task(model), rows, spec, context.device, gone)
         store = context.store(None)
     where = (at["set"], at["checkpoint"], at["segment"], at["start"])
     objects = write_unit(
@@ -132,11 +143,12 @@ def receipt_of(unit: Unit, ids: np.ndarray, tokens: int, bad: dict[int, str], ob
 
 
 def shard_gradients(
-    hooks: PerExampleGradients, task: Task, rows: list[dict], spec: GradientSpec, device: torch.device
-) -> tuple[RowBlock, dict[int, str]]:
+    hooks: PerExampleGradients, task: Task, rows: list[dict], spec: GradientSpec, device: torch.device,
+    erased: np.ndarray | None = None,  # bool [n]
+) -> tuple[RowBlock, dict[int, str]]:  # fmt: skip
     """Return the gradient rows, losses and norms of a shard in row order, and where which row is not finite.
 
-    Such a row is quarantined, all NaN.
+    Such a row is quarantined, all NaN, as is an erased one, which is not looked at.
     """
     n, layout = len(rows), hooks.projector.layout
     arrays = {name: np.empty((n, width), dtype=np.float32) for name, width in layout.arrays.items()}
@@ -157,7 +169,11 @@ def shard_gradients(
             for array in [*arrays.values()] + ([] if norms is None else [norms]):
                 array[row] = np.nan
 
-    for positions in plan_batches(np.array([row["length"] for row in rows]), spec.token_budget):
+    gone = np.zeros(n, dtype=bool) if erased is None else erased
+    for array in (*arrays.values(), losses, *(() if norms is None else (norms,))):
+        array[gone] = np.nan
+    state[gone] = ERASED
+    for positions in live_batches(rows, gone, spec.token_budget):
         out = hooks(task.loss, task.collate([rows[i] for i in positions]).to(device))
         if ahead:
             place(*ahead)  # one behind: a GPU computes while the batch before is copied out
@@ -165,3 +181,10 @@ def shard_gradients(
     if ahead:
         place(*ahead)
     return RowBlock(arrays, losses, norms, state), bad
+
+
+def live_batches(rows: list[dict], erased: np.ndarray, token_budget: int) -> Iterator[np.ndarray]:
+    """Yield the positions of every batch of a shard, erased rows left out."""
+    live = np.flatnonzero(~erased)
+    for positions in plan_batches(np.array([rows[i]["length"] for i in live], dtype=np.int64), token_budget):
+        yield live[positions]

@@ -1,23 +1,33 @@
 """Scoring without a store: gradient rows are computed, multiplied with the query state and dropped.
 
 A unit is (checkpoint, shard) and leaves one block [n, Q], which score.py adds up. Unprojected, no row is ever made: each
-module's gradients are multiplied with the queries' inside the backward pass.
+module's gradients are multiplied with the queries' inside the backward pass, and along the inverse-curvature product of a
+single query the loss is differentiated by forward mode (1.5 times as fast for one query, slower from two on, measured on
+MiniLM). Where a state names candidates, only they are read.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from torch import Tensor, nn
 
-from actors.collect import receipt_of
+from actors.collect import live_batches, receipt_of
 from actors.context import WorkerContext
 from actors.leftovers import put
-from actors.specs import GradientSpec
+from actors.specs import GradientSpec, ScoreSpec
 from actors.units import Receipt, Unit
-from engine.batches import plan_batches
-from engine.gradients import GradientBatch, nonfinite
-from engine.methods.contract import Rows, ScoreBlock, load_method
-from storage.gradients import DONE, QUARANTINED
+from engine.batches import Batch
+from engine.coordinates import Coordinates, chosen_coordinates
+from engine.curvature import Loss, directional_derivatives
+from engine.gradient_batch import GradientBatch, nonfinite
+from engine.methods.contract import QueryState, Rows, ScoreBlock, inverse_of, load_method
+from engine.projection import Range, RowLayout
+from storage.gradients import DONE, ERASED, QUARANTINED
+
+_ONE = RowLayout({"rows": 1}, (Range("*", "rows", 0, 1, 1, 1),))  # products with one query
 
 
 def compute_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
@@ -26,20 +36,51 @@ def compute_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     at = unit.payload
     state = context.state(score.label, at["checkpoint"])
     onto = spec.projection.kind == "none"
-    hooks = context.gradients(model, at["checkpoint"], spec, "onto" if onto else "rows", state)
     method, task = load_method(score.method, score.method_settings), context.task(model)
-    rows = context.rows(score.home, score.corpus, at)
-    lengths = np.array([row["length"] for row in rows])
+    ids = scored_ids(context, score, at, state)
+    rows = context.rows_of(score.home, score.corpus, ids)
+    lengths = np.array([row["length"] for row in rows], dtype=np.int64)
     block = empty_block(len(rows), len(state.losses))
     bad: dict[int, str] = {}
-    for positions in plan_batches(lengths, spec.token_budget):
-        out = hooks(task.loss, task.collate([rows[i] for i in positions]).to(context.device))
+    gone = np.isin(ids, list(context.corpus(score.home, score.corpus).erased()))
+    block["state"][gone] = ERASED
+    for positions in live_batches(rows, gone, spec.token_budget):
+        gradients, layout = gradients_of(context, settings, at["checkpoint"], state)
+        out = gradients(task.loss, task.collate([rows[i] for i in positions]).to(context.device))
         fill(block, positions, out, method.score(rows_of(out, spec, onto), state))
-        bad |= {int(positions[i]): where for i, where in nonfinite(out, hooks.projector.layout).items()}
+        bad |= {int(positions[i]): where for i, where in nonfinite(out, layout).items()}
     block["state"][list(bad)] = QUARANTINED
     written = put(context, settings, unit, block_key(score.label, at), safetensors.numpy.save(block))
-    ids = context.ids(score.home, score.corpus, at)
     return receipt_of(unit, ids, int(lengths.sum()), bad, [written])
+
+
+def gradients_of(
+    context: WorkerContext, settings: dict[str, Any], checkpoint: str, state: QueryState
+) -> tuple[Callable[[Loss, Batch], GradientBatch], RowLayout]:
+    """Return what takes a batch to rows or to products with the queries, and their layout."""
+    model, spec, score = settings["model"], settings["gradients"], settings["score"]
+    onto = spec.projection.kind == "none"
+    if onto and len(state.losses) == 1 and inverse_of(load_method(score.method, score.method_settings)):
+        network = context.model(model, checkpoint)
+        return partial(along, network, chosen_coordinates(network, spec.parameters), state.arrays), _ONE
+    hooks = context.gradients(model, checkpoint, spec, "onto" if onto else "rows", state)
+    return hooks, hooks.projector.layout
+
+
+def along(
+    network: nn.Module, chosen: Coordinates, arrays: dict[str, Tensor], loss: Loss, batch: Batch
+) -> GradientBatch:
+    """Return the batch's products with a single query's vector, in the place of hooks."""
+    direction = chosen.join(arrays)[:, 0].to(next(network.parameters()).device)
+    losses, products = directional_derivatives(network, loss, chosen, batch, direction)
+    return GradientBatch(batch.ids, losses, {"rows": products[:, None]}, None)
+
+
+def scored_ids(context: WorkerContext, score: ScoreSpec, at: dict[str, Any], state: QueryState) -> np.ndarray:
+    """Return the ids of the shard that are scored, ascending: all, or the candidates and probes among them."""
+    ids = context.ids(score.home, score.corpus, at)
+    asked = [chosen.numpy().ravel() for chosen in (state.candidates, state.probes) if chosen is not None]
+    return np.intersect1d(ids, np.concatenate(asked)) if asked else ids
 
 
 def empty_block(rows: int, queries: int) -> dict[str, np.ndarray]:

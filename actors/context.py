@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.specs import FOLDERS, GradientSpec, ModelSpec
+from actors.held_curvature import HeldCurvature
+from actors.plan import shard_key
+from actors.specs import FOLDERS, CurvatureSpec, GradientSpec, ModelSpec
 from actors.states import load_state
 from engine.adapters import adapter_base, is_adapter
-from engine.attention import attention_for
 from engine.batches import Batch
-from engine.gradients import GradientBatch, PerExampleGradients
+from engine.coordinates import chosen_coordinates
+from engine.curvature import Curvature
+from engine.gradient_batch import GradientBatch
+from engine.gradients import PerExampleGradients
 from engine.methods.contract import QueryState
 from engine.models import ready_for_scoring
 from engine.parameters import Parameter, supported_parameters
@@ -28,13 +33,16 @@ from engine.projectors import Dense, Projector, Whole, make_projector
 from engine.tasks.contract import BUILT_IN, Task, load_task, measurement, with_model_folder
 from storage.checkpoints import fingerprint
 from storage.corpus import Corpus
-from storage.gradients import GradientStore, RowBlock
+from storage.damage import DamagedObject
+from storage.gradients import DamagedRows, GradientStore, RowBlock
 from storage.locations import Location
 from storage.segments import Segment
+from storage.zarr_groups import MissingRows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
-_CPU = torch.device("cpu")
+GRAPHS = 4  # a curvature product's batch holds about so many times the memory of a gradient's
+
 STATE_BYTES = 1 << 30  # of query states that a worker keeps beside the one in use
 ROW_BYTES = 1 << 30  # of stored rows that a service keeps
 
@@ -60,7 +68,6 @@ class WorkerContext:
         self._held: dict[str, tuple[Any, Any]] = {}
         # a worker's two units take turns: one reads or writes while the other computes
         self.reading, self.computing = threading.Lock(), threading.Lock()
-        self._row_bytes = 0
 
     def _keep(self, slot: str, key: Any, make: Callable[[], Any]) -> Any:
         """Return what the slot holds if it was made for this key, else make it and hold it instead."""
@@ -92,6 +99,21 @@ class WorkerContext:
         """Return the ids of a unit's rows, int64, without reading them."""
         return self._segment(home, name, at).base + np.arange(at["start"], at["stop"], dtype=np.int64)
 
+    def erased(self, home: str | None, name: str, at: dict[str, Any]) -> np.ndarray:
+        """Return which of a unit's rows are erased, bool [n]."""
+        return np.isin(self.ids(home, name, at), list(self.corpus(home, name).erased()))
+
+    def rows_of(self, home: str | None, name: str, ids: np.ndarray) -> list[dict]:
+        """Return the rows of examples, ids ascending; neighbours are read together."""
+        corpus = self.corpus(home, name)
+        places = np.searchsorted([s.base for s in corpus.segments], ids, side="right") - 1
+        breaks = np.flatnonzero((np.diff(ids) != 1) | (np.diff(places) != 0)) + 1
+        rows: list[dict] = []
+        for run, place in zip(np.split(ids, breaks), places[np.r_[0, breaks]] if len(ids) else (), strict=False):
+            segment = corpus.segments[place]
+            rows += corpus.read(segment, int(run[0]) - segment.base, int(run[-1]) - segment.base + 1)
+        return rows
+
     def _segment(self, home: str | None, name: str, at: dict[str, Any]) -> Segment:
         return next(s for s in self.corpus(home, name).segments if s.name == at["segment"])
 
@@ -104,10 +126,15 @@ class WorkerContext:
         place = (checkpoint, at["segment"], at["start"], at["stop"])
         if place in kept:
             return kept[place]
-        block = self.store(home).read(corpus, *place)
-        if self.hold_all and self._row_bytes + block.nbytes <= ROW_BYTES:
+        try:
+            block = self.store(home).read(corpus, *place)
+        except (MissingRows, DamagedRows) as error:
+            unit = f"{checkpoint}-{shard_key(corpus, at)}"
+            raise DamagedObject(
+                self.home(home), f"collect-{corpus}", unit, str(error).partition(". Run ")[0]
+            ) from error
+        if self.hold_all and sum(one.nbytes for one in (block, *kept.values())) <= ROW_BYTES:
             kept[place] = block
-            self._row_bytes += block.nbytes
         return block
 
     def folder(self, model: ModelSpec, checkpoint: str) -> Path:
@@ -129,18 +156,17 @@ class WorkerContext:
 
     def task(self, model: ModelSpec) -> Task:
         """Return the task. Tokenizer and class names come from the first checkpoint's folder unless set."""
-        key = (model.task, repr(model.task_settings), model.attention, model.compute)
-
-        def make() -> Task:
-            return make_task(model, self.folder(model, model.checkpoints[0].name), self.cache, self.device)
-
-        return self._keep("task", key, make)
+        key = (model.task, repr(model.task_settings), model.attention)
+        return self._keep(
+            "task", key, lambda: make_task(model, self.folder(model, model.checkpoints[0].name), self.cache)
+        )
 
     def model(self, model: ModelSpec, checkpoint: str) -> nn.Module:
         """Return the model of one checkpoint, frozen, in evaluation mode, on this worker's device."""
 
         def load() -> nn.Module:
             self._drop(self._slot("gradients", checkpoint))
+            self._drop("curvature")
             built = self.task(model).build(self.folder(model, checkpoint))
             return ready_for_scoring(built, self.device, DTYPES[model.compute])
 
@@ -168,6 +194,20 @@ class WorkerContext:
             return Hooked(PerExampleGradients(network, parameters, projector, norms=spec.norms), blocks)
 
         return self._keep(slot, (model.checkpoint(checkpoint), spec, form, id(blocks)), make).hooks
+
+    def curvature(self, model: ModelSpec, gradients: GradientSpec, spec: CurvatureSpec) -> HeldCurvature:
+        """Return the curvature over the chosen parameters at one checkpoint, with what is held of its examples."""
+
+        def make() -> HeldCurvature:
+            network, task = self.model(model, spec.checkpoint), self.task(model)
+            self._drop(self._slot("gradients", spec.checkpoint))  # a copy of the model must not have its hooks
+            chosen = chosen_coordinates(network, gradients.parameters)
+            curvature = Curvature(network, task.loss, chosen, spec.kind, DTYPES[spec.dtype])
+            budget = max(1, gradients.token_budget // GRAPHS)
+            read = partial(self.rows_of, spec.home, spec.corpus)
+            return HeldCurvature(curvature, task, read, budget, self.device)
+
+        return self._keep("curvature", (model.checkpoint(spec.checkpoint), model.compute, gradients, spec), make)
 
     def state(self, label: str, checkpoint: str) -> QueryState:
         """Return the query state that `prepare` saved for this checkpoint.
@@ -231,13 +271,13 @@ class CheckpointSource:
         return self._hooks(measure, batch.to(self._context.device))
 
 
-def make_task(model: ModelSpec, folder: Path | None, cache: Path, device: torch.device = _CPU) -> Task:
+def make_task(model: ModelSpec, folder: Path | None, cache: Path) -> Task:
     """Return the task with its folders on this machine; built-in ones take tokenizer and classes from `folder`."""
     settings = local_folders(model.task_settings, cache)
     if folder is not None:
         settings = with_model_folder(model.task, settings, folder)
     if model.task in BUILT_IN:
-        settings.setdefault("attention", attention_for(model.attention, model.compute, device))
+        settings.setdefault("attention", model.attention)
     return load_task(model.task, settings)
 
 

@@ -11,7 +11,7 @@ from actors.prepare import answers_key
 from actors.score import ShardScores, load_shard
 from actors.specs import ModelSpec, ScoreSpec
 from actors.states import load_state, state_key
-from engine.topk import TopK, merge
+from engine.topk import TopK, merge, without
 from storage.corpus import Corpus
 from storage.gradients import QUARANTINED
 from storage.index import SIDES, write_index
@@ -61,24 +61,24 @@ class IndexJob:
         return Location.parse(self.score.home) if self.score.home else self.run
 
 
-def build_index(job: IndexJob) -> None:
+def build_index(job: IndexJob, meta: dict[str, Any] | None = None) -> None:
     """Merge every query's top-k over the shards in id order and write all tables with the scores' description."""
     top = merged_top(job)
     train = Corpus.open(job.home, job.score.corpus)
     queries = Corpus.open(job.run, job.score.queries)
     write_index(
-        job.run, job.score.label, describe(job), by_query(top, train, queries, job.fields), by_example(job, train),
+        job.run, job.score.label, meta or describe(job), by_query(top, train, queries, job.fields), by_example(job, train),
         query_tables(job.run, job.score.label, job.score.checkpoints[-1], queries, job.fields),
     )  # fmt: skip
 
 
 def merged_top(job: IndexJob) -> TopK:
-    """Return every query's top-k over all shards."""
+    """Return every query's top-k over all shards, erased examples left out."""
     top: TopK | None = None
     for shard in _shards(job):
         top = shard.top if top is None else merge(top, shard.top, job.score.top_k)
     assert top is not None
-    return top
+    return without(top, Corpus.open(job.home, job.score.corpus).erased())
 
 
 def describe(job: IndexJob) -> dict[str, Any]:
@@ -144,17 +144,28 @@ def query_answers(run: Location, label: str, last_checkpoint: str, count: int) -
 
 
 def by_example(job: IndexJob, train: Corpus) -> Iterator[pa.Table]:
-    """Yield one shard's examples at a time, in id order."""
+    """Yield one shard's examples at a time, in id order, erased ones left out."""
     segments = {s.name: s for s in train.segments}
     for piece, shard in zip(job.shards, _shards(job), strict=True):
         records = train.read(segments[piece["segment"]], piece["start"], piece["stop"])
+        ids = segments[piece["segment"]].base + np.arange(piece["start"], piece["stop"], dtype=np.int64)
+        scored = np.searchsorted(ids, shard.ids)
         numbers = {"self_influence": shard.self_influence, "total": shard.totals, "loss": shard.losses}
-        columns: dict[str, Any] = {"id": shard.ids}
+        numbers = {name: spread(values, scored, len(ids), np.nan) for name, values in numbers.items()}
+        columns: dict[str, Any] = {"id": ids}
         columns |= {name: pa.array(values, from_pandas=True) for name, values in numbers.items()}  # NaN -> null
-        columns["quarantined"] = shard.state == QUARANTINED
+        columns["quarantined"] = spread(shard.state == QUARANTINED, scored, len(ids), False)
         briefs = [brief(record, job.fields) for record in records]
         columns |= {name: [b[name] for b in briefs] for name in ("source_id", "label", "snippet")}
-        yield pa.Table.from_pydict(columns, schema=_BY_EXAMPLE)
+        kept = pa.array(~np.isin(ids, list(train.erased())))
+        yield pa.Table.from_pydict(columns, schema=_BY_EXAMPLE).filter(kept)
+
+
+def spread(values: np.ndarray, places: np.ndarray, length: int, fill: Any) -> np.ndarray:
+    """Return an array of this length with the values at their places: those of examples that were no candidates."""
+    out = np.full(length, fill, dtype=values.dtype)
+    out[places] = values
+    return out
 
 
 def belongs(side: str, score: float) -> bool:

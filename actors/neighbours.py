@@ -3,7 +3,7 @@
 The vectors are rows scaled so that the method's score is one inner product, all checkpoints side by side.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,7 @@ from actors.index import IndexJob, merged_top
 from actors.states import load_state
 from engine.knn import ENOUGH, build_neighbours, faiss_module, probed, ready_to_search, search, widen
 from engine.methods.contract import Method, QueryState, load_method
-from engine.topk import TopK
+from engine.topk import TopK, without
 from storage.corpus import Corpus
 from storage.gradients import DONE, GradientStore
 from storage.locations import Location
@@ -88,7 +88,8 @@ def row_vectors(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield ids and vectors of a shard at a time, quarantined examples left out."""
     store = GradientStore.open(job.home)
-    segments = {s.name: s for s in Corpus.open(job.home, job.score.corpus).segments}
+    corpus = Corpus.open(job.home, job.score.corpus)
+    segments, erased = {s.name: s for s in corpus.segments}, list(corpus.erased())
     for piece in job.shards:
         parts, good = [], np.ones(piece["stop"] - piece["start"], dtype=bool)
         for name, state in states.items():
@@ -97,6 +98,7 @@ def row_vectors(
             parts.append(scaled(method, {n: torch.from_numpy(a) for n, a in block.rows.items()}, norms, state))
             good &= block.state == DONE
         ids = segments[piece["segment"]].base + np.arange(piece["start"], piece["stop"], dtype=np.int64)
+        good &= ~np.isin(ids, erased)
         yield ids[good], torch.cat(parts, 1).numpy()[good]
 
 
@@ -124,10 +126,18 @@ def about_search(run: Location, label: str, kind: str) -> dict[str, Any] | None:
     return None if kind == EXACT else run.read_json(about_key(label, kind))
 
 
-def search_neighbours(run: Location, label: str, kind: str, method: Method, states: list[QueryState], k: int) -> TopK:
-    """Return the top-k that the index finds. Its scores are the method's own, up to float32 (sqfp16: float16) rounding."""
-    index = open_index(run, index_key(label, kind), k)
-    return TopK(*search(index, query_vectors(method, states), min(k, index.ntotal)))
+def search_neighbours(
+    run: Location, label: str, kind: str, method: Method, states: list[QueryState], k: int,
+    erased: Collection[int] = (),
+) -> TopK:  # fmt: skip
+    """Return the top-k that the index finds. Its scores are the method's own, up to float32 (sqfp16: float16) rounding.
+
+    Erased examples may still be in the index: so many more are looked for, and left out.
+    """
+    wide = k + len(erased)
+    index = open_index(run, index_key(label, kind), wide)
+    top = without(TopK(*search(index, query_vectors(method, states), min(wide, index.ntotal))), erased)
+    return TopK(top.ids[:, :, :k], top.scores[:, :, :k])
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,10 @@ The length of a shard follows from bytes, tokens and rows alone, never from a ti
 
 from typing import Any
 
+import numpy as np
+
 from actors.units import Unit
+from engine.counters import derive_key, words
 from storage.corpus import Corpus
 from storage.gradients import shard_rows_for
 
@@ -21,6 +24,17 @@ def shard_rows(corpus: Corpus, model_size: int, columns: int, itemsize: int) -> 
     by_work = _FLOPS / (4 * model_size * max(1.0, tokens))  # forward 2, activation-only backward 2 per number and token
     by_share = -(-corpus.rows // _PIECES)
     return power_below(max(_LEAST, min(by_bytes, by_work, max(_LEAST, by_share), _MOST)))
+
+
+def sampled_ids(corpus: Corpus, rows: int | None, seed: int) -> np.ndarray:
+    """Return `rows` ids drawn without replacement, or all, ascending, int64; erased examples are left out."""
+    ids = np.arange(corpus.rows, dtype=np.int64)
+    if erased := corpus.erased():
+        ids = np.setdiff1d(ids, np.fromiter(erased, np.int64))
+    if rows is None or rows >= len(ids):
+        return ids
+    order = np.argsort(words(derive_key(seed, "curvature rows"), 0, len(ids)), kind="stable")
+    return np.sort(ids[order[:rows]])
 
 
 def power_below(number: float) -> int:
@@ -39,13 +53,18 @@ def shards(corpus: Corpus, rows: int) -> list[dict[str, Any]]:
 
 def shard_units(pieces: list[dict[str, Any]], name: str) -> list[Unit]:
     """Return one unit per shard of a set."""
-    return [Unit(f"{name}-{p['segment']}-{p['start']:09d}", p | {"set": name}) for p in pieces]
+    return [Unit(shard_key(name, p), p | {"set": name}) for p in pieces]
+
+
+def shard_key(name: str, at: dict[str, Any]) -> str:
+    """Return the key of a shard of a set; the key of its unit under one checkpoint is <checkpoint>-<this>."""
+    return f"{name}-{at['segment']}-{at['start']:09d}"
 
 
 def checkpoint_units(checkpoints: tuple[str, ...], pieces: list[dict[str, Any]], name: str) -> list[Unit]:
     """Return one unit per checkpoint and shard, the checkpoint in the outer loop: a worker keeps its model."""
     return [
-        Unit(f"{checkpoint}-{name}-{p['segment']}-{p['start']:09d}", p | {"set": name, "checkpoint": checkpoint})
+        Unit(f"{checkpoint}-{shard_key(name, p)}", p | {"set": name, "checkpoint": checkpoint})
         for checkpoint in checkpoints
         for p in pieces
     ]

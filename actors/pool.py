@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 
 from actors.schedule import Done, Event, Failed, Lost, Ready
 from actors.units import Stage, Unit, Worker, WorkerFactory
+from storage.damage import DamagedObject
 
 
 class PoolError(RuntimeError):
@@ -26,6 +27,11 @@ class Pool(Protocol):
     @property
     def size(self) -> int:
         """Return how many workers there are once all are up."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Return what the workers compute on: cpu or cuda."""
         ...
 
     @property
@@ -46,6 +52,11 @@ class Pool(Protocol):
         """End a worker, lost or not, with all it has in flight, and start another under a new name."""
         ...
 
+    def share(self, value: Any) -> Any:
+        """Return what stands for a large value in a stage's settings: sent once, not with every unit; units find the
+        value itself in its place, and must not change it."""
+        ...
+
     def close(self) -> None:
         """End all workers. Nothing is submitted afterwards."""
         ...
@@ -59,11 +70,13 @@ def worker_name(slot: int, generation: int, host: str) -> str:
 def attempt(name: str, worker: Worker, function: str, settings: dict[str, Any], unit: Unit) -> Done | Failed:
     """Run one unit and return what became of it; runs beside the worker, so no exception ever travels.
 
-    An OSError may be tried again; a ValueError or FloatingPointError is a mistake in config or data, said in one
-    message; every other exception is a bug. The receipt is signed with the worker's name.
+    An OSError may be tried again, but for an object found damaged; a ValueError or FloatingPointError is a mistake in
+    config or data, said in one message; every other exception is a bug. The receipt is signed with the worker's name.
     """
     try:
         return Done(name, replace(worker.run(function, settings, unit), worker=name))
+    except DamagedObject as error:  # trying again would read the same
+        return Failed(name, unit.key, str(error), "mistake", traceback.format_exc())
     except OSError as error:
         return Failed(name, unit.key, f"{type(error).__name__}: {error}", "storage", traceback.format_exc())
     except (ValueError, FloatingPointError) as error:
@@ -96,6 +109,10 @@ class InProcessPool:
         self.close()
 
     @property
+    def device(self) -> str:
+        return "cpu"
+
+    @property
     def size(self) -> int:
         return len(self._places)
 
@@ -120,6 +137,9 @@ class InProcessPool:
         self._end(worker)
         slot, generation = self._places.pop(worker)
         self._start(slot, generation + 1)
+
+    def share(self, value: Any) -> Any:
+        return value
 
     def close(self) -> None:
         self._places.clear()

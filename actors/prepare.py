@@ -16,7 +16,7 @@ from actors.specs import ModelSpec
 from actors.states import save_state
 from actors.units import Receipt, Unit
 from engine.batches import Batch
-from engine.gradients import GradientBatch, nonfinite
+from engine.gradient_batch import GradientBatch, nonfinite
 from engine.methods.contract import QueryState, load_method
 from engine.projection import RowLayout
 from engine.tasks.contract import Task, predict

@@ -34,7 +34,8 @@ class _Actor:
         return socket.gethostname(), ray.get_runtime_context().get_node_id()
 
     def run(self, name: str, function: str, settings: dict[str, Any], unit: Unit) -> Event:
-        return attempt(name, self.worker, function, settings, unit)
+        found = {k: ray.get(v) if isinstance(v, ray.ObjectRef) else v for k, v in settings.items()}  # shared ones
+        return attempt(name, self.worker, function, found, unit)
 
 
 @dataclass
@@ -91,6 +92,10 @@ class RayPool:
         self.close()
 
     @property
+    def device(self) -> str:
+        return "cuda" if self._resources["GPU"] else "cpu"
+
+    @property
     def size(self) -> int:
         return len(self._slots)
 
@@ -119,6 +124,9 @@ class RayPool:
         slot = self._slot(worker)
         ray.kill(slot.actor, no_restart=True)
         self._slots[slot.number] = self._start(slot.number, slot.generation + 1, self._clock())
+
+    def share(self, value: Any) -> Any:
+        return ray.put(value)
 
     def close(self) -> None:
         for slot in self._slots:

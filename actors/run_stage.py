@@ -60,6 +60,7 @@ def run_stage(
     limits: Limits | None = None,
     clock: Callable[[], float] = time.monotonic,
     poll_seconds: float = 1.0,  # the longest wait for news
+    take: Callable[[Receipt], None] = lambda receipt: None,  # sees every receipt committed
 ) -> StageReport:
     """Run every unit that has no done-record yet, and commit each one's receipt once.
 
@@ -78,6 +79,8 @@ def run_stage(
         while True:
             write_down(news, stage, progress, events)
             committed = carry_out(schedule.handle([Tick(clock()), *news]), pool, stage, journal, progress)
+            for receipt in committed:
+                take(receipt)
             report = count(report, committed)
             if schedule.finished:
                 break

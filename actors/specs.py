@@ -11,6 +11,7 @@ from storage.locations import Location, to_json
 
 FOLDERS = ("tokenizer", "model", "base")  # settings of a built-in task that are folders
 _PLACES = ("uri", "path", "home")  # of a checkpoint, a source, another run
+_SIZES = ("token_budget",)  # of a batch: they change no number beyond rounding
 
 
 class StageMismatch(OSError):  # noqa: N818  it is what the reader of the message is told
@@ -84,6 +85,17 @@ class ScoreSpec:
     dense: bool = field(default=False)
 
 
+@dataclass(frozen=True)
+class CurvatureSpec:
+    """Which curvature a worker multiplies with, over which examples."""
+
+    checkpoint: str
+    kind: str  # gauss-newton | hessian
+    dtype: str  # of the products
+    corpus: str  # name of the set that the examples are of
+    home: str | None  # run that holds it, if not this one
+
+
 def declare_stage(run: Location, name: str, settings: dict[str, Any], other: str = "another run") -> None:
     """Write a stage's record, or compare with the one that is there. Raises StageMismatch if they differ."""
     declare(run, f"stages/{name}.json", settings, f"stage {name} of run {run.uri}", other)
@@ -92,8 +104,9 @@ def declare_stage(run: Location, name: str, settings: dict[str, Any], other: str
 def declare(run: Location, key: str, settings: dict[str, Any], what: str, other: str = "another run") -> None:
     """Create a record with its hash, or compare with the one that is there.
 
-    Only what things are is compared. Where they lie may change: the record then says where they lie now. Raises
-    StageMismatch naming the first value that differs, and what `other` thing to use for both to be kept.
+    Only what things are is compared. Where they lie may change, and on other devices the batch size: the record then says
+    what holds now. Raises StageMismatch naming the first value that differs, and what `other` thing to use for both to be
+    kept.
     """
     settings = json.loads(json.dumps(settings))
     record = {**settings, "hash": digest(settings)}
@@ -101,7 +114,7 @@ def declare(run: Location, key: str, settings: dict[str, Any], what: str, other:
         run.create_json(key, record)
         return
     before = run.read_json(key)
-    stored, asked = without_places({k: v for k, v in before.items() if k != "hash"}), without_places(settings)
+    stored, asked = identity({k: v for k, v in before.items() if k != "hash"}), identity(settings)
     if stored != asked:
         where, old, new = first_difference(stored, asked)
         raise StageMismatch(
@@ -111,9 +124,13 @@ def declare(run: Location, key: str, settings: dict[str, Any], what: str, other:
         run.replace(key, to_json(record))
 
 
-def without_places(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record without what only says where things lie: their fingerprints stand beside it or in the manifest."""
-    kept = {key: value for key, value in record.items() if key not in _PLACES}
+def identity(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without what only says where things lie, whose fingerprints stand beside it or in the manifest, and
+    without the batch size that suited a device.
+    """
+    kept = {key: value for key, value in record.items() if key not in _PLACES + _SIZES}
+    if isinstance(kept.get("gradients"), dict):
+        kept["gradients"] = {key: value for key, value in kept["gradients"].items() if key not in _SIZES}
     model = kept.get("model")
     if isinstance(model, dict) and model.get("task") in BUILT_IN:
         settings = {key: value for key, value in model["task_settings"].items() if key not in FOLDERS}
@@ -123,7 +140,7 @@ def without_places(record: dict[str, Any]) -> dict[str, Any]:
 
 def digest(settings: dict[str, Any]) -> str:
     """Return a hash of what a record says, the same whatever the order of keys and wherever things lie."""
-    return hashlib.sha256(json.dumps(without_places(settings), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(identity(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def first_difference(a: Any, b: Any, where: str = "") -> tuple[str, Any, Any]:

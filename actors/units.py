@@ -6,7 +6,7 @@ What a unit computes is the worker's business (a table of unit functions); which
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 
@@ -53,10 +53,13 @@ class Receipt:
     quarantined: dict[int, str] = field(default_factory=dict)  # rows that were not finite: id, and where
     objects: list[dict[str, Any]] = field(default_factory=list)  # key, size and checksum of everything written
     worker: str = ""  # filled in by the pool
+    value: Any = None  # a partial sum for the driver alone, never part of the done-record
 
     def record(self) -> dict[str, Any]:
         """Return the done-record: the receipt as JSON-ready values."""
-        return {**asdict(self), "quarantined": {str(row): where for row, where in self.quarantined.items()}}
+        record = asdict(replace(self, value=None))
+        del record["value"]
+        return record | {"quarantined": {str(row): where for row, where in self.quarantined.items()}}
 
 
 class Worker(Protocol):

@@ -13,9 +13,12 @@ import torch
 from actors.collect import collect_unit, inspect_unit
 from actors.compute import compute_unit
 from actors.context import WorkerContext
+from actors.curvature import curvature_unit, gram_unit, lissa_unit
+from actors.features import features_unit
 from actors.prepare import prepare_unit
 from actors.score import score_unit
 from actors.units import Receipt, Unit
+from storage.damage import DamagedObject
 
 UnitFunction = Callable[[WorkerContext, dict[str, Any], Unit], Receipt]
 UNIT_FUNCTIONS: dict[str, UnitFunction] = {
@@ -24,6 +27,10 @@ UNIT_FUNCTIONS: dict[str, UnitFunction] = {
     "prepare": prepare_unit,
     "score": score_unit,
     "compute": compute_unit,
+    "features": features_unit,
+    "curvature": curvature_unit,
+    "lissa": lissa_unit,
+    "gram": gram_unit,
 }
 _OVERLAPPING = {"collect"}  # take the worker's turns themselves
 
@@ -42,6 +49,10 @@ class Worker:
         try:
             with nullcontext() if function in _OVERLAPPING else self.context.computing:
                 receipt = UNIT_FUNCTIONS[function](self.context, settings, unit)
+        except DamagedObject as error:
+            if error.run == self.context.run:  # another run's own job makes its objects anew
+                error.mark()
+            raise
         finally:
             torch.set_num_threads(threads)
         return replace(receipt, seconds=time.perf_counter() - began, peak_memory=peak_memory())

@@ -19,25 +19,35 @@ class Verdict:
     why: str
 
 
-def losses_at(
+def logged_since(
     steps: Sequence[int],  # of the checkpoints, rising
     curve: Sequence[tuple[int, float]],  # logged (step, loss)
+) -> list[list[tuple[int, float]]]:
+    """Return for every checkpoint what was logged since the one before it; the first looks back as far as the second."""
+    reach = steps[1] - steps[0] if len(steps) > 1 else steps[0]
+    return [
+        [(step, loss) for step, loss in curve if begin < step <= end]
+        for begin, end in zip([steps[0] - reach, *steps], steps, strict=False)
+    ]
+
+
+def losses_at(
+    steps: Sequence[int],
+    curve: Sequence[tuple[int, float]],
 ) -> list[float | None]:
     """Return every checkpoint's loss: the mean of what was logged since the one before it, None where nothing was.
 
-    The first looks back as far as the second does. Raises ValueError for a logged loss that is not finite.
+    Raises ValueError for a logged loss among them that is not finite.
     """
-    for step, loss in curve:
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"checkpoints.choose is not possible: the loss logged at step {step} is {loss}. List the checkpoints "
-                f"to use under checkpoints.path instead."
-            )
-    reach = steps[1] - steps[0] if len(steps) > 1 else steps[0]
     found: list[float | None] = []
-    for begin, end in zip([steps[0] - reach, *steps], steps, strict=False):
-        here = [loss for step, loss in curve if begin < step <= end]
-        found.append(math.fsum(here) / len(here) if here else None)
+    for here in logged_since(steps, curve):
+        for step, loss in here:
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"checkpoints.choose is not possible: the loss logged at step {step} is {loss}. List the "
+                    f"checkpoints to use under checkpoints.path instead."
+                )
+        found.append(math.fsum(loss for _, loss in here) / len(here) if here else None)
     return found
 
 

@@ -56,6 +56,7 @@ class PerExampleGradients:
                 uses.setdefault(use.module, []).append((index, use))
         self._hooked = {name: modules[name] for name in uses}
         self._places: dict[str, routed.Place] = {}  # not known before the first batch of several examples
+        self._batches = 0  # of several examples, so far
         self._warned = False
         self._handles = [
             modules[name].register_forward_hook(partial(self._forward, name, here), with_kwargs=True)
@@ -122,19 +123,25 @@ class PerExampleGradients:
         return joined([self(loss, half) for half in halves])
 
     def why_alone(self, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> str | None:
-        """Return why examples cannot share a batch, None if they can. Looked at on the first batch of several."""
+        """Return why examples cannot share a batch, None if they can.
+
+        Looked at on the first batch of several, and again on the second, fourth, eighth …: another may show more.
+        """
         if self._fused:
             return f"{self.parameters[self._fused[0][0]].name} holds several experts"
-        if not self._places:
+        self._batches += 1
+        if self._batches & (self._batches - 1) == 0:
             self._look(loss, batch)
         mixed = [name for name, place in self._places.items() if place == "mixed"]
         return f"module {mixed[0]} does not keep one example in each row of its input" if mixed else None
 
     def _look(self, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch, unlike: str = "") -> None:
         """Find where the modules keep the examples; `unlike`: one that is new, or has just been seen to be otherwise."""
-        known = unlike in self._places
-        self._places |= routed.places(self._hooked, lambda some: loss(self.model, some), batch)
-        if unlike and (known or unlike not in self._places):
+        before = self._places
+        found = routed.places(self._hooked, lambda some: loss(self.model, some), batch)
+        changed = {name for name in found.keys() & before.keys() if found[name] != before[name]}
+        self._places = before | found | dict.fromkeys(changed, "mixed")
+        if unlike and (unlike in before or unlike not in found):
             self._places[unlike] = "mixed"
 
     def _pass(self, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> GradientBatch:

@@ -132,6 +132,7 @@ def search(index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """Return the mean share of the exact ids [Q, k] that were found [Q, k]."""
-    shares = [np.isin(e, f).mean() for f, e in zip(found, exact, strict=True)]
-    return float(np.mean(shares))
+    """Return the mean share of the exact ids [Q, k], −1 where there are fewer, that were found [Q, k]."""
+    hits = [np.isin(e[e >= 0], f) for f, e in zip(found, exact, strict=True)]
+    shares = [hit.mean() for hit in hits if len(hit)]
+    return float(np.mean(shares)) if shares else 1.0

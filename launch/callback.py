@@ -5,6 +5,7 @@
 Every checkpoint folder gets an influence.json: the learning rate of the step that led to it, taken from the optimizer,
 where the Trainer's own log has one only at every logging step. The file lies inside the folder, so it goes where that
 goes: a checkpoint that `save_total_limit` deletes takes its record along, and training that resumes adds to what is there.
+It names the Trainer's own files that it was written beside: after a later training into the same folder it counts no more.
 """
 
 import json
@@ -15,7 +16,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from storage.checkpoints import RECORD
+from storage.checkpoints import RECORD, witnesses
+from storage.locations import Location
 
 
 class InfluenceCallback(TrainerCallback):
@@ -57,10 +59,11 @@ class InfluenceCallback(TrainerCallback):
                 f"checkpoint by one: set checkpoints.learning_rate when scoring.",
                 stacklevel=2,
             )
-        record = {
-            "step": state.global_step, "learning_rate": rates[0] if len(rates) == 1 else None, "groups": self._groups
-        }  # fmt: skip
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        record = {
+            "step": state.global_step, "learning_rate": rates[0] if len(rates) == 1 else None, "groups": self._groups,
+            "beside": witnesses(Location.parse(str(folder.resolve()))),
+        }  # fmt: skip
         whole = folder / f"{RECORD}.part"
         whole.write_text(json.dumps(record, indent=1))
         os.replace(whole, folder / RECORD)

@@ -19,23 +19,24 @@ from actors.ray_pool import RayPool
 from actors.run_stage import run_stage
 from actors.schedule import Limits
 from actors.solve import refuse_unfit, solve
-from actors.solve_job import SolveJob, figures_key
+from actors.solve_job import SolveJob
 from actors.specs import GradientSpec, ModelSpec, ScoreSpec, declare_stage, digest
 from actors.states import gradients_key, state_key
 from actors.units import Stage, Unit
 from actors.worker import MakeWorker
 from engine.knn import faiss_module
+from engine.memory import CPU_TOKENS
 from engine.methods.contract import Method, inverse_of, load_method
-from engine.methods.inverse import InverseCurvature
 from engine.projection import Projection
 from engine.tasks.contract import Task
 from launch.config import Config
+from launch.influence import about_solve, check_rows, choose_candidates, default_modules, solved_sizes
 from launch.messages import tell
 from launch.paths import refuse_relative_paths, refuse_unseen_paths
 from launch.sources import TRAIN, ingest_set, model_spec, record_identity, same_model
 from launch.stage_records import LeasedJournal, finish_index
 from storage.corpus import Corpus
-from storage.gradients import GradientStore, StoreSettings
+from storage.gradients import SETTINGS_KEY, GradientStore, StoreSettings
 from storage.journal import Claim, EventLog, Journal, RunLease
 from storage.locations import Location
 from storage.readers import source_files
@@ -80,12 +81,14 @@ def score(config: Config, say: Callable[[str], None] = tell) -> str:
     model, folders = model_spec(config, say)
     method = load_method(config.method.name, config.method.settings())
     check_method(method, model, config)
+    check_rows(method, config)
     task = make_task(model, folders[0], cache_folder())
     for source in [config.queries] if config.run.store else [config.corpus, config.queries]:
         source_files(source.path)  # raises if there are none
     run = Location.parse(config.run.uri)
     run.probe()
     with RunLease(run) as lease:
+        run.sweep()
         record_identity(run, model, folders[0], task)
         home = Location.parse(config.run.store) if config.run.store else run
         if config.run.store:
@@ -97,7 +100,7 @@ def score(config: Config, say: Callable[[str], None] = tell) -> str:
         with worker_pool(config, run, model) as pool, EventLog(run, driver) as events:
             job = Job(config, run, pool, model, StageProgress(), events, lease, shown_fields(task))
             seen = inspect(job, say)
-            gradients = gradient_spec(config, seen)
+            gradients = gradient_spec(config, seen, pool.device)
             if inverse := inverse_of(method):
                 refuse_unfit(inverse, solved_sizes(inverse, seen), Corpus.open(run, config.queries.name).rows)
             if config.gradients.store and config.run.store is None:
@@ -130,15 +133,6 @@ def check_method(method: Method, model: ModelSpec, config: Config) -> None:
         if not config.gradients.store:
             raise ValueError(f"output.neighbours={config.output.neighbours} needs rows: set gradients.store=true")
         faiss_module()
-    inverse, g = inverse_of(method), config.gradients
-    if inverse and inverse.solver == "projected" and not g.store:
-        raise ValueError("method.solver=projected solves on stored rows: set gradients.store=true, or choose another")
-    if inverse and inverse.solver != "projected" and g.projection != "none":
-        raise ValueError(
-            f"gradients.projection={g.projection} is not allowed with method {config.method.name}: curvature products need "
-            f"whole gradients. Set gradients.projection=none and gradients.store=false"
-            + (", or method.solver=projected." if config.method.name == "influence" else ".")
-        )
     if method.needs_norms and not config.gradients.norms:
         raise ValueError(f"gradients.norms=False is not allowed with method {config.method.name}: it needs exact norms")
 
@@ -209,9 +203,13 @@ def projection(config: Config) -> Projection:
     return Projection(g.projection, g.dim, config.run.seed)
 
 
-def gradient_spec(config: Config, seen: dict[str, Any]) -> GradientSpec:
+def gradient_spec(config: Config, seen: dict[str, Any], device: str) -> GradientSpec:
     g = config.gradients
-    budget = 1 if seen["alone"] else seen["token_budget"]  # of one token: a batch for every example
+    budget = seen["token_budget"] if g.token_budget == "auto" else g.token_budget
+    if g.token_budget == "auto" and device == "cpu":
+        budget = min(budget, CPU_TOKENS)  # a GPU may have looked at the model
+    if seen["alone"]:
+        budget = 1  # of one token: a batch for every example
     return GradientSpec(tuple(seen["parameters"]), projection(config), g.norms, budget)
 
 
@@ -236,7 +234,7 @@ def collect(job: Job, gradients: GradientSpec, seen: dict[str, Any]) -> None:
     """Stage 1: every checkpoint's gradient rows of every shard into the store."""
     config, corpus = job.config.gradients, Corpus.open(job.run, TRAIN)
     columns, itemsize = sum(seen["arrays"].values()), _ITEMSIZE[config.dtype]
-    rows = config.shard_rows or shard_rows(corpus, seen["model_size"], columns, itemsize)
+    rows = config.shard_rows or _stored_shard_rows(job.run) or shard_rows(corpus, seen["model_size"], columns, itemsize)
     store = GradientStore.create(job.run, store_settings(job.config, seen, rows))
     for checkpoint in job.model.checkpoints:
         for segment in corpus.segments:
@@ -270,6 +268,8 @@ def score_and_index(
         "gradients": asdict(gradients), "model": job.model.record(), "shard_rows": rows,
         "home_fingerprint": corpus.fingerprint if config.run.store else None,
     }  # fmt: skip
+    if sum(segment.ends for segment in corpus.segments) > 1:  # it has grown: these scores are others than those before
+        record["examples"] = corpus.rows
     label = config.output.label or f"{config.method.name}-{config.queries.name}-{digest(record)[:6]}"
     declare_stage(job.run, f"score-{label}", record, "another output.label")
     spec = ScoreSpec(label=label, **what)
@@ -278,47 +278,31 @@ def score_and_index(
     key = gradients_key if inverse else state_key
     units = [Unit(name, {"checkpoint": name, "key": key(label, name)}) for name in names]
     job.stage(f"prepare-{label}", "prepare", settings, units)
-    about = solve_queries(job, spec, gradients, seen, corpus, inverse, pieces, rows, say) if inverse else {}
+    if inverse:
+        chosen = choose_candidates(job, spec, gradients, corpus, rows)
+        notes = LeasedJournal(Journal(job.run, f"solve-{label}"), job.lease)
+        solve(
+            SolveJob(
+                job.run, job.pool, notes, job.stage, job.lease.check, job.events, say, job.model, gradients, spec,
+                inverse, corpus, solved_sizes(inverse, seen), pieces, rows, chosen,
+            )
+        )  # fmt: skip
     if not stored:
         job.stage(f"compute-{label}", "compute", settings, checkpoint_units(names, pieces, TRAIN))
     job.stage(f"score-{label}", "score", settings, shard_units(pieces, TRAIN))
     granularity = job.run.read_json("manifest.json")["granularity"]
     index = IndexJob(
-        job.run, job.model, spec, method.score_unit, granularity, asdict(gradients.projection), pieces, job.fields,
-        about,
-    )  # fmt: skip
+        job.run, job.model, spec, method.score_unit, granularity, asdict(gradients.projection), pieces, job.fields
+    )
+    if inverse:
+        index = replace(index, about=about_solve(index, method, say))
     finish_index(index, job.lease, config.output.neighbours, say)
     return label
 
 
-def solve_queries(
-    job: Job, score: ScoreSpec, gradients: GradientSpec, seen: dict[str, Any], corpus: Corpus, inverse: InverseCurvature,
-    pieces: list[dict[str, Any]], rows: int, say: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
-    """Multiply the prepared queries with the inverse curvature; return what the scores' description says of it."""
-    name = f"solve-{score.label}"
-    notes = LeasedJournal(Journal(job.run, name), job.lease)
-    solve(
-        SolveJob(
-            job.run, job.pool, notes, job.stage, job.lease.check, job.events, say, job.model, gradients, score, inverse,
-            corpus, solved_sizes(inverse, seen), pieces, rows,
-        )
-    )  # fmt: skip
-    figures = job.run.read_json(figures_key(score.label))
-    return {"damping": figures["damping"], "solve": figures, "self_influence": None}
-
-
-def solved_sizes(inverse: InverseCurvature, seen: dict[str, Any]) -> dict[str, int]:
-    """Return the numbers of every array of a query that is solved for: stored columns, or whole parameters."""
-    if inverse.solver == "projected":
-        return seen["arrays"]
-    return dict(zip(seen["parameters"], seen["sizes"], strict=True))
-
-
-def default_modules(config: Config) -> str:
-    """Return which modules are looked at unless the config says: whole gradients are taken of the top layers alone."""
-    inverse = inverse_of(load_method(config.method.name, config.method.settings()))
-    return "top" if inverse and inverse.solver != "projected" else "changed"
+def _stored_shard_rows(run: Location) -> int | None:
+    """Return the shard length of a store that is there already, which a corpus keeps when it grows."""
+    return int(GradientStore.open(run).settings.extra["shard_rows"]) if run.exists(SETTINGS_KEY) else None
 
 
 def _score_shard_rows(job: Job, home: Location, corpus: Corpus, seen: dict[str, Any], stored: bool) -> int:

@@ -1,6 +1,7 @@
 """Answers to new queries from what a run has stored: prepare the query as the job would, then scan the store exactly."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from engine.topk import TopK, merge
 from storage.corpus import Corpus, erased_ids
 from storage.index import SIDES, ScoreIndex
 from storage.locations import Location
+from storage.rows import OWN
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ def read_setting(run: Location, index: ScoreIndex) -> Setting:
     return Setting(
         WorkerContext(run.uri),
         ModelSpec(**record["model"], checkpoints=found),
-        GradientSpec(tuple(g["parameters"]), Projection(**g["projection"]), g["norms"], min(g["token_budget"], CPU_TOKENS)),
+        GradientSpec(
+            tuple(g["parameters"]), Projection(**g["projection"]), g["norms"], min(g["token_budget"], CPU_TOKENS)
+        ),
         score,
         load_method(score.method, score.method_settings),
         int(record["shard_rows"]),
@@ -155,7 +159,8 @@ def predicted_label(setting: Setting, record: dict[str, Any]) -> Any:
 
 def encoded(setting: Setting, record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the examples of a record as at ingest. Raises ValueError for one that the model cannot read."""
-    limits = read_limits(setting.context.folder(setting.model, setting.score.checkpoints[-1]))
+    folder = setting.context.folder(setting.model, setting.score.checkpoints[-1])
+    limits = read_limits(Path(getattr(setting.task, "base", None) or folder))
     return [record | row for row in limits.check(encode(setting.task, record))]
 
 
@@ -217,9 +222,13 @@ def one_example(setting: Setting, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a query's row as the corpus would hold it; without an integer id of its own it gets −1."""
-    known = row if isinstance(row.get("id"), int) else row | {"id": -1}
-    return {"length": len(row["input_ids"]) if "input_ids" in row else 1} | known
+    """Return a query's row as the corpus would hold it: one that a corpus holds as it is, any other under the id −1.
+
+    A task may draw by the id, as masked-lm does: what the user calls a text must not change its answer.
+    """
+    if OWN.keys() <= row.keys():
+        return row
+    return row | {"id": -1, "length": len(row["input_ids"]) if "input_ids" in row else 1}
 
 
 def scan(setting: Setting, states: dict[str, QueryState], k: int) -> TopK:

@@ -16,7 +16,7 @@ from actors.specs import (
     declare,
     first_difference,
 )
-from engine.checkpoint_choice import choose_checkpoints, losses_at
+from engine.checkpoint_choice import choose_checkpoints, logged_since, losses_at
 from engine.limits import read_limits
 from engine.models import architecture_of
 from engine.tasks.contract import Task, encode
@@ -77,8 +77,8 @@ def choose(found: list[CheckpointRef], count: int) -> tuple[CheckpointVerdict, .
     The training loss, unless the evaluation loss is logged for more of them. Raises ValueError if no loss is logged.
     """
     steps = [ref.step for ref in found]
-    by_kind = [losses_at(steps, curve) for curve in logged_losses(found[-1]).values()]
-    losses = min(by_kind, key=lambda losses: losses.count(None))
+    curves = logged_losses(found[-1]).values()
+    losses = losses_at(steps, max(curves, key=lambda curve: sum(map(bool, logged_since(steps, curve)))))
     if losses.count(None) == len(losses):
         raise ValueError(
             f"checkpoints.choose={count} is not possible: {found[-1].name} logs no loss at these steps (in the "

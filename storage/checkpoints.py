@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ NOT_WEIGHTS = (
 )  # a Trainer's other .pt and .bin files
 CONFIGS = ("config.json", "adapter_config.json")
 STATE = "trainer_state.json"
+ARGUMENTS = "training_args.bin"
 RECORD = "influence.json"  # what launch.InfluenceCallback leaves in a checkpoint: its learning rate, exact
 CHUNK = 8 << 20
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")  # a checkpoint's name is that of a folder in the run
@@ -53,7 +55,7 @@ def find_checkpoints(
     writes trainer_state.json last: where some have it, one without is still being written and is left out.
     FileNotFoundError says what was looked for. ValueError if several checkpoints have no learning rate.
     """
-    found = _in_folder(Location.parse(source), say) if isinstance(source, str) else _listed(source)
+    found = _in_folder(Location.parse(source), say) if isinstance(source, str) else _listed(source, say)
     found = sorted(found, key=lambda ref: ref.step)
     if learning_rate is not None:
         found = [
@@ -80,14 +82,21 @@ def fingerprint(folder: Path, base: Path | None = None) -> str:
     files = sorted(path for path in folder.iterdir() if _is_weights(path.name) or path.name in CONFIGS)
     if not any(_is_weights(path.name) for path in files):
         raise FileNotFoundError(f"{folder} holds no weights: looked for {', '.join(f'*{s}' for s in WEIGHTS)}.")
+    states = [path.stat() for path in files]
+    seen = tuple((path, state.st_size, state.st_mtime_ns) for path, state in zip(files, states, strict=True))
+    return _digest(seen, fingerprint(base) if base else "")
+
+
+@lru_cache(maxsize=256)
+def _digest(files: tuple[tuple[Path, int, int], ...], base: str) -> str:
+    """Return the sha256 over names, sizes and bytes, then over the base's. A process reads a file again if it changed."""
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(json.dumps([path.name, path.stat().st_size]).encode())
+    for path, size, _ in files:
+        digest.update(json.dumps([path.name, size]).encode())
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
-    if base:
-        digest.update(fingerprint(base).encode())
+    digest.update(base.encode())
     return digest.hexdigest()
 
 
@@ -105,7 +114,7 @@ def _in_folder(folder: Location, say: Callable[[str], None]) -> list[CheckpointR
     names = {key.partition("/")[0] for key in keys if "/" in key and _is_weights(key.rpartition("/")[2])}
     steps = {int(name.removeprefix("checkpoint-")): name for name in names if _is_step(name)}
     if not steps:
-        return [_single(folder, keys)]
+        return [_single(folder, keys, say)]
     finished = {step: name for step, name in steps.items() if f"{name}/{STATE}" in keys}
     if finished:
         for step in sorted(steps.keys() - finished.keys()):
@@ -115,12 +124,12 @@ def _in_folder(folder: Location, say: Callable[[str], None]) -> list[CheckpointR
     found = []
     for step, name in steps.items():
         at = folder.child(name)
-        rate = _recorded(at) if f"{name}/{RECORD}" in keys else _rate_at(step, history)
-        found.append(CheckpointRef(name, at, step, *rate))
+        recorded = _recorded(at, say) if f"{name}/{RECORD}" in keys else None
+        found.append(CheckpointRef(name, at, step, *(recorded or _rate_at(step, history))))
     return found
 
 
-def _single(folder: Location, keys: list[str]) -> CheckpointRef:
+def _single(folder: Location, keys: list[str], say: Callable[[str], None]) -> CheckpointRef:
     if not any(_is_weights(key) for key in keys):
         looked = (
             f"checkpoint-<step> folders with weights, and {', '.join(f'*{s}' for s in WEIGHTS)} in the folder itself"
@@ -129,12 +138,11 @@ def _single(folder: Location, keys: list[str]) -> CheckpointRef:
     state = folder.read_json(STATE) if STATE in keys else {}
     step = int(state.get("global_step", 0))
     name = NOT_IN_NAMES.sub("_", folder.uri.rpartition("/")[2]).lstrip("._-") or "model"
-    return CheckpointRef(
-        name, folder, step, *(_recorded(folder) if RECORD in keys else _rate_at(step, _history(state)))
-    )
+    recorded = _recorded(folder, say) if RECORD in keys else None
+    return CheckpointRef(name, folder, step, *(recorded or _rate_at(step, _history(state))))
 
 
-def _listed(source: Sequence[str | dict[str, Any]]) -> list[CheckpointRef]:
+def _listed(source: Sequence[str | dict[str, Any]], say: Callable[[str], None]) -> list[CheckpointRef]:
     if not source:
         raise FileNotFoundError("checkpoints is an empty list: give a folder, or at least one {path, learning_rate}.")
     refs, steps = [], []
@@ -146,7 +154,7 @@ def _listed(source: Sequence[str | dict[str, Any]]) -> list[CheckpointRef]:
                 f"checkpoint {number} has {sorted(fields)}, must have path and may have learning_rate, step."
             )
         folder = Location.parse(fields["path"])
-        found = _single(folder, folder.list())
+        found = _single(folder, folder.list(), say)
         step = _number(fields, "step", number)
         steps.append(step if step is not None else found.step or _step_in_name(found.name))
         rate = _number(fields, "learning_rate", number)
@@ -187,9 +195,25 @@ def _history(state: dict[str, Any]) -> dict[int, float]:
     return {int(entry["step"]): float(entry["learning_rate"]) for entry in entries if "learning_rate" in entry}
 
 
-def _recorded(checkpoint: Location) -> tuple[float | None, str]:
-    """Return the learning rate that was recorded while training; none if groups of parameters had different ones."""
+def witnesses(checkpoint: Location) -> dict[str, str]:
+    """Return the sha256 of the small files that a Trainer writes beside a checkpoint's weights, as far as they are there.
+
+    They hold the training's log and settings: a training into the same folder leaves others.
+    """
+    names = [name for name in (STATE, ARGUMENTS) if checkpoint.exists(name)]
+    return {name: hashlib.sha256(checkpoint.read(name)).hexdigest() for name in names}
+
+
+def _recorded(checkpoint: Location, say: Callable[[str], None]) -> tuple[float | None, str] | None:
+    """Return the learning rate that was recorded while training; no number if groups of parameters had different ones.
+
+    None for the record of an earlier training, whose files beside it are no longer those it was written for.
+    """
     record = checkpoint.read_json(RECORD)
+    now, then = witnesses(checkpoint), record.get("beside", {})
+    if changed := sorted(name for name in now.keys() & then.keys() if now[name] != then[name]):
+        say(f"{RECORD} in {checkpoint.uri} left out: {', '.join(changed)} there is of another training than the record")
+        return None
     if record["learning_rate"] is not None:
         return float(record["learning_rate"]), "recorded"
     rates = ", ".join(f"{group['learning_rate']:g} for {group['parameters']} weights" for group in record["groups"])

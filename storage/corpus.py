@@ -8,8 +8,8 @@ How a record becomes tokens is the task's affair, passed in as `encode`.
 
 import itertools
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -18,9 +18,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from storage.damage import DamagedObject
+from storage.journal import Journal
 from storage.locations import Location
-from storage.rows import ENCODED, from_table
-from storage.segments import ROW_GROUP, Encode, Record, Segment, committed_segments, rows_key, write_segment
+from storage.rows import ENCODED, from_table, to_batch
+from storage.segments import (
+    ROW_GROUP,
+    Encode,
+    Record,
+    Segment,
+    SourceChanged,
+    Tally,
+    canonical,
+    committed_segments,
+    example_rows,
+    ingest_stage,
+    rewrite_segment,
+    rows_key,
+    write_segment,
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +86,7 @@ class Corpus:
     def erased(self) -> set[int]:
         """Return the ids that every answer leaves out, as they stood when this object was first asked."""
         if self._erased is None:
-            keys = self.run.list(f"corpus/{self.name}/erased")
-            self._erased = {example for key in keys for example in self.run.read_json(key)["ids"]}
+            self._erased = erased_ids(self.run, self.name)
         return self._erased
 
     def erase(self, ids: list[int]) -> None:
@@ -81,6 +96,19 @@ class Corpus:
         number = len(self.run.list(f"corpus/{self.name}/erased"))
         self.run.create_json(f"corpus/{self.name}/erased/{number:06d}.json", {"ids": sorted(ids)})
         self._erased = None
+
+    def ids_of(self, source_ids: Collection[str]) -> list[int]:
+        """Return all examples of the records with these ids of the corpus's own. ValueError names one that is not there."""
+        found, ids, base = set[str](), list[int](), 0
+        wanted = pa.array(sorted(source_ids), pa.string())
+        for batch in self.column("source_id"):
+            places = pc.indices_nonzero(pc.is_in(batch.column(0), wanted))
+            ids += [base + place for place in places.to_pylist()]
+            found |= set(batch.column(0).take(places).to_pylist())
+            base += batch.num_rows
+        if missing := sorted(set(source_ids) - found):
+            raise ValueError(f"corpus {self.name!r} has no example with source id {missing[0]!r}.")
+        return ids
 
     def read(self, segment: Segment, start: int, stop: int) -> list[dict[str, Any]]:
         """Return rows start:stop of a segment, erased ones included, encoded fields merged over original ones."""
@@ -164,8 +192,8 @@ class Corpus:
             key = rows_key(self.name, segment.name)
             file = _open_parquet(self.run, key)
             if file.metadata.num_rows != segment.rows:
-                found = f"{key} has {file.metadata.num_rows} rows, its segment.json says {segment.rows}"
-                raise OSError(f"{self.run.uri}: {found}. Restore it, or ingest into another run.")
+                found = f"{self.run.uri}/{key} has {file.metadata.num_rows} rows, its segment.json says {segment.rows}"
+                raise DamagedObject(self.run, ingest_stage(self.name), segment.name, found)
             self._files[segment.name] = file
         return self._files[segment.name]
 
@@ -181,12 +209,23 @@ class Corpus:
     def _group(self, segment: Segment, group: int) -> pa.Table:
         kept = self._groups.get(segment.name)  # batches of one shard come from the same row group again and again
         if kept is None or kept[0] != group:
+            file = self._file(segment)
             try:
-                kept = (group, self._file(segment).read_row_group(group, use_threads=False))
-            except pa.ArrowException as error:
-                raise OSError(f"{self.run.uri}: rows of segment {segment.name} are damaged: {error}.") from error
+                kept = (group, file.read_row_group(group, use_threads=False))
+            except (pa.ArrowException, OSError) as error:
+                if getattr(error, "errno", None):  # of the file system or the network, not of what was read
+                    raise
+                first, last = group * ROW_GROUP, min((group + 1) * ROW_GROUP, segment.rows)
+                what = f"rows {first}:{last} of segment {segment.name} of corpus {self.name!r} are damaged ({error})"
+                raise DamagedObject(self.run, ingest_stage(self.name), segment.name, what) from error
             self._groups[segment.name] = kept
         return kept[1]
+
+
+def erased_ids(run: Location, name: str) -> set[int]:
+    """Return the ids of a corpus that every answer leaves out, as they stand now. Cost: one listing, one read a file."""
+    keys = run.list(f"corpus/{name}/erased")
+    return {example for key in keys for example in run.read_json(key)["ids"]}
 
 
 def ingest(
@@ -196,29 +235,86 @@ def ingest(
     encode: Encode,
     segment_rows: int = 1 << 20,  # a segment ends with the document that reaches it
     may_commit: Callable[[], None] = lambda: None,  # called before each commit; raises to stop (RunLease.check)
-    append: bool = False,  # add the records to a finished corpus; otherwise a finished corpus stays as it is
+    grow: bool = False,  # add what the source has beyond a finished corpus; otherwise that stays as it is
 ) -> IngestReport:
     """Stream records into segments and return what the corpus then holds; a killed ingest goes on where it stopped.
 
-    The source must yield the same records in the same order again. Memory: one row group and 8 bytes a record. Only one
-    process ingests at a time; the run's lease, asked by `may_commit`, sees to that. ValueError with the record's place
-    for what `encode` refuses, for a new field and for a type that does not fit; ValueError for an empty source.
+    The source must yield the same records in the same order again; to `grow`, every row held is compared, and
+    SourceChanged names the first that differs. Segments that were found damaged are written again. Memory: one row
+    group and 8 bytes a record. Only one process ingests at a time; the run's lease, asked by `may_commit`, sees to that.
+    ValueError with the record's place for what `encode` refuses, for a new field and for a type that does not fit;
+    ValueError for an empty source.
     """
-    segments = committed_segments(run, name)
-    if segments and segments[-1].ends and not append:
+    segments, journal = committed_segments(run, name), Journal(run, ingest_stage(name))
+    damaged = set(journal.damaged()) & {segment.name for segment in segments}
+    finished = bool(segments) and segments[-1].ends
+    if finished and not grow and not damaged:
         return _report(segments)
     held = sum(segment.rows for segment in segments)
-    done = _records_of_open_ingest(segments)
-    source = _Peekable(records)
-    passed = sum(1 for _ in itertools.islice(source, done))
-    if passed < done:
-        raise ValueError(f"corpus {name!r}: {done} records were ingested before, the source now has only {passed}.")
+    source, erased = _Peekable(records), frozenset(Corpus(run, name, segments).erased())
+    for number, segment in enumerate(segments):
+        own = _Counted(itertools.islice(source, segment.records))
+        if segment.name in damaged:
+            may_commit()
+            written = rewrite_segment(run, name, segments[:number], segment, own, encode, erased)
+            journal.commit(segment.name, {"rows": segment.rows, "objects": [asdict(written)]})
+        elif grow:
+            _refuse_changed(Corpus(run, name, segments), number, own, encode, erased)
+        for _ in own:
+            pass
+        if own.count < segment.records:
+            passed, done = (sum(s.records for s in segments[:n]) for n in (number, len(segments)))
+            has = f"the source now has only {passed + own.count}"
+            raise SourceChanged(f"corpus {name!r}: {done} records were ingested before, {has}. Use another run.")
     if not segments and not source:
         raise ValueError(f"corpus {name!r}: the source has no records. Check its path and format.")
-    while source:
+    while source and (grow or not finished):
         segments.append(write_segment(run, name, segments, source, encode, segment_rows, may_commit))
     ingested = sum(segment.rows for segment in segments) - held
     return _report(segments, ingested, *Corpus(run, name, segments).repeated())
+
+
+def _refuse_changed(corpus: Corpus, number: int, source: "_Counted", encode: Encode, erased: frozenset[int]) -> None:
+    """Raise SourceChanged naming the first row of a segment that the source no longer has as it is held."""
+    segment, schema, at = corpus.segments[number], corpus.schema(), 0
+    stream = example_rows(source, encode, corpus.segments[:number], segment.rows + 1, Tally())
+    while group := list(itertools.islice(stream, ROW_GROUP)):
+        batch = to_batch([row for row, _ in group], schema, [place for _, place in group])
+        here = from_table(pa.Table.from_batches([batch]))
+        held = corpus.read(segment, at, min(at + len(group), segment.rows))
+        beyond: list[dict[str, Any]] = [{}] * (len(group) - len(held))
+        for (_, place), now, was in zip(group, here, held + beyond, strict=True):
+            if now["id"] not in erased and canonical(now) != canonical(was):
+                field = next(key for key in now if canonical({key: now[key]}) != canonical({key: was.get(key)}))
+                values = f"{field}={_short(was.get(field))} at {place}, its source now has {_short(now[field])}"
+                raise SourceChanged(_changed(corpus, values))
+        at += len(group)
+    if at < segment.rows and source.count == segment.records:
+        raise SourceChanged(_changed(corpus, f"{segment.rows} rows of segment {segment.name}, its source now has {at}"))
+
+
+def _changed(corpus: Corpus, how: str) -> str:
+    return (
+        f"corpus {corpus.name!r} of run {corpus.run.uri} was made with {how}. A corpus may only grow at its end: use "
+        f"another run, or restore that value."
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class _Counted(Iterator[Record]):
+    """An iterator that knows how many it has given."""
+
+    def __init__(self, items: Iterator[Record]) -> None:
+        self.items, self.count = items, 0
+
+    def __next__(self) -> Record:
+        item = next(self.items)
+        self.count += 1
+        return item
 
 
 class _Peekable(Iterator[Record]):
@@ -239,18 +335,14 @@ class _Peekable(Iterator[Record]):
         return item
 
 
-def _records_of_open_ingest(segments: list[Segment]) -> int:
-    """Return how many records of the source stand in segments since the last finished ingest."""
-    tail = itertools.takewhile(lambda segment: not segment.ends, reversed(segments))
-    return sum(segment.records for segment in tail)
-
-
 def _open_parquet(run: Location, key: str) -> pq.ParquetFile:
     try:
-        path = run.local_path()
-        return pq.ParquetFile(run.open(key) if path is None else path / key)  # Arrow closes files of its own by itself
-    except pa.ArrowException as error:
-        raise OSError(f"{run.uri}/{key} is damaged: {error}. Restore it, or ingest into another run.") from error
+        path = run.local_path()  # Arrow closes files of its own by itself
+        return pq.ParquetFile(run.open(key) if path is None else path / key, page_checksum_verification=True)
+    except (pa.ArrowException, FileNotFoundError) as error:
+        _, name, segment, _ = key.split("/")
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"does not open ({error})"
+        raise DamagedObject(run, ingest_stage(name), segment, f"{run.uri}/{key} {what}") from error
 
 
 def _report(

@@ -3,7 +3,8 @@
     gradients/store.json                                  StoreSettings; a later collect that differs is refused
     gradients/<set>/<checkpoint>/<segment>/<array>/c/...  rows [n, D] (one array per module without a projection),
                                                           row_scale [n] (float16 only), losses [n], norms [n, modules],
-                                                          state [n]: 0 missing, 1 done, 2 quarantined (all NaN)
+                                                          state [n]: 0 missing, 1 done, 2 quarantined, 3 erased
+                                                          (both all NaN)
 
 A float16 row's values are rows x row_scale. One unit writes whole shards, create-only, `state` last; the done-record is the
 journal's affair.
@@ -28,7 +29,7 @@ from storage.zarr_groups import (
     shard_object,
 )
 
-MISSING, DONE, QUARANTINED = 0, 1, 2
+MISSING, DONE, QUARANTINED, ERASED = 0, 1, 2, 3
 VECTORS = ("row_scale", "losses", "norms", "state")
 SHARD_BYTES = 16 << 20
 SETTINGS_KEY = "gradients/store.json"
@@ -118,18 +119,24 @@ class GradientStore:
     def prepare(self, set_name: str, checkpoint: str, segment: str, rows: int, shard_rows: int) -> None:
         """Make the group of `rows` rows; one that is there with the same shape is fine, also made at the same time.
 
-        A segment shorter than `shard_rows` gets shards of its own length, one without rows no group. StoreMismatch for
-        another shape.
+        A segment shorter than `shard_rows` gets shards of its own length, one without rows no group. Metadata follows
+        from the shape: what of it is missing or damaged is written again. StoreMismatch for another shape.
         """
         if not rows:
             return
         shard_rows = min(shard_rows, rows)
         group = _group_key(set_name, checkpoint, segment)
-        if self.run.exists(f"{group}/zarr.json"):
+        try:
             _refuse_other_shape(self.run, group, self._load(group)[:2], (rows, shard_rows))
-            return
+        except StoreMismatch:
+            raise
+        except (OSError, KeyError, TypeError):  # not there yet, or damaged: it is written below
+            pass
         for key, data in self._metadata(rows, shard_rows).items():
-            self.run.create(f"{group}/{key}", data)
+            try:
+                self.run.create(f"{group}/{key}", data)
+            except ObjectConflict:
+                self.run.replace(f"{group}/{key}", data)
 
     def write(self, set_name: str, checkpoint: str, segment: str, start: int, block: RowBlock) -> list[ObjectRecord]:
         """Write the one shard that begins at row `start` and return its objects' records.
@@ -152,6 +159,25 @@ class GradientStore:
         for name, dimensions in reversed(self._dimensions().items()):
             self.run.delete(f"{group}/{shard_object(name, dimensions, number)}")
 
+    def blank_shard(
+        self, set_name: str, checkpoint: str, segment: str, target: str, start: int, erased: np.ndarray
+    ) -> list[ObjectRecord]:
+        """Write one shard, less its erased rows (bool [n]), into another generation of its segment; return the records.
+
+        The other rows keep their stored bits. Errors as for `read`.
+        """
+        group, new = _group_key(set_name, checkpoint, segment), _group_key(set_name, checkpoint, target)
+        rows, shard_rows, metadata = self._load(group)
+        store, stop = LocationStore(self.run.child(group), metadata), min(start + shard_rows, rows)
+        values = {name: _read(store, name, start, stop) for name in self._dimensions()}
+        nan = NAN_BFLOAT16 if self.settings.dtype == "bfloat16" else np.nan
+        for name, array in values.items():
+            array[erased] = ERASED if name == "state" else nan if name in self.settings.arrays else np.nan
+        objects = encode_shard(self._load(new)[2], values, start)
+        for key, data in objects.items():
+            self.run.create(f"{new}/{key}", data)
+        return [ObjectRecord.of(f"{new}/{key}", data) for key, data in objects.items()]
+
     def read(self, set_name: str, checkpoint: str, segment: str, start: int, stop: int) -> RowBlock:
         """Return rows start:stop. MissingRows names the shard or object that is not there, DamagedRows one that rots."""
         group = _group_key(set_name, checkpoint, segment)
@@ -163,7 +189,7 @@ class GradientStore:
         if (state == MISSING).any():
             first = (start + int(np.argmax(state == MISSING))) // shard_rows * shard_rows
             shard = f"rows {first}:{min(first + shard_rows, rows)} of {location.uri}"
-            raise MissingRows(f"{shard} are missing. Restore them, or score into another run.")
+            raise MissingRows(f"{shard} are missing. Run launch/status.py --verify, then its job again.")
         store = LocationStore(location, metadata)
         scales = _read(store, "row_scale", start, stop) if self.settings.dtype == "float16" else None
         dtype = self.settings.dtype
@@ -181,7 +207,9 @@ class GradientStore:
         """Return (rows, shard rows, metadata) of a group; metadata follows from the first two."""
         if group not in self._groups:
             if not self.run.exists(f"{group}/zarr.json"):
-                raise MissingRows(f"{self.run.uri}/{group} is missing. Restore it, or score into another run.")
+                raise MissingRows(
+                    f"{self.run.uri}/{group} is missing. Run launch/status.py --verify, then its job again."
+                )
             stored = self.run.read_json(f"{group}/zarr.json")["attributes"]
             metadata = self._metadata(stored["rows"], stored["shard_rows"])
             self._groups[group] = (stored["rows"], stored["shard_rows"], metadata)
@@ -211,7 +239,7 @@ class GradientStore:
         return {**dict.fromkeys(self.settings.arrays, 2), **scale, "losses": 1, **norms, "state": 1}
 
     def _stored_values(self, block: RowBlock) -> dict[str, np.ndarray]:
-        bad = (block.state == QUARANTINED)[:, None]
+        bad = (block.state != DONE)[:, None]
         rows = {name: np.where(bad, np.float32("nan"), block.rows[name]) for name in self.settings.arrays}
         scales = row_scales(rows) if self.settings.dtype == "float16" else None
         values = {name: to_stored(array, self.settings.dtype, scales) for name, array in rows.items()}
@@ -242,6 +270,31 @@ class GradientStore:
         _refuse_unmarked(block, start)
 
 
+def altered_metadata(run: Location) -> tuple[int, dict[str, str]]:
+    """Return how many objects of metadata a run's store has, and by key what is wrong with those that were changed.
+
+    Metadata follows from settings and shape, so that the next collect writes it again.
+    """
+    if not run.exists(SETTINGS_KEY):
+        return 0, {}
+    store = GradientStore.open(run)
+    looked, wrong = 0, dict[str, str]()
+    for group in {"/".join(key.split("/")[:4]): None for key in run.list("gradients") if key.count("/") > 3}:
+        try:
+            metadata = store._load(group)[2]
+        except (OSError, KeyError, TypeError) as error:
+            wrong[f"{group}/zarr.json"] = "is missing" if isinstance(error, MissingRows) else "does not parse"
+            continue
+        looked += len(metadata)
+        for key, data in metadata.items():
+            try:
+                if run.read(f"{group}/{key}") != data:
+                    wrong[f"{group}/{key}"] = "is altered"
+            except FileNotFoundError:
+                wrong[f"{group}/{key}"] = "is missing"
+    return looked, wrong
+
+
 def shard_rows_for(columns: int, itemsize: int) -> int:
     """Return the rows of a shard of at most 16 MiB: a power of two from 32 to 8192."""
     fitting = max(SHARD_BYTES // (columns * itemsize), 1)
@@ -258,15 +311,17 @@ def _read(store: LocationStore, name: str, start: int, stop: int) -> np.ndarray:
     except (ValueError, RuntimeError) as error:
         raise DamagedRows(
             f"{name} rows {start}:{stop} of {store.location.uri} are damaged: {error}. "
-            "Restore them, or score into another run."
+            "Run launch/status.py --verify, then its job again."
         ) from error
 
 
 def _refuse_unmarked(block: RowBlock, start: int) -> None:
-    unknown = ~np.isin(block.state, (DONE, QUARANTINED))
+    unknown = ~np.isin(block.state, (DONE, QUARANTINED, ERASED))
     if unknown.any():
         row = int(np.argmax(unknown))
-        raise ValueError(f"row {start + row} has state {block.state[row]}: must be 1 (done) or 2 (quarantined).")
+        raise ValueError(
+            f"row {start + row} has state {block.state[row]}: must be 1 (done), 2 (quarantined) or 3 (erased)."
+        )
     finite = np.isfinite(block.losses)
     for array in [*block.rows.values(), *([] if block.norms is None else [block.norms])]:
         finite &= np.isfinite(array).all(axis=1)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from storage.corpus import erased_ids
 from storage.locations import Location
 from storage.sorted_tables import SortedTable
 
@@ -63,25 +64,37 @@ class ScoreIndex:
             raise ValueError(f"top={k} is not allowed: must be at least 1.")
         with self.open_table("by_query") as table:
             rows, last = table.where(query), table.last
-        if not rows.num_rows:
+        rows, there_were = self._kept(rows), rows.num_rows
+        if not there_were:
             there = "no rows" if last is None else f"rows 0 to {last}"
             raise ValueError(f"index {self.label!r} has no query {query}: it has {there}.")
-        ordered = rows.filter(pc.less(rows["rank"], k)).sort_by("rank")
-        proponents, opponents = (ordered.filter(pc.equal(ordered["side"], side)) for side in SIDES)
+        ordered = rows.sort_by("rank")
+        proponents, opponents = (ordered.filter(pc.equal(ordered["side"], side)).slice(0, k) for side in SIDES)
         return proponents, opponents
 
     def example(self, example: int) -> dict[str, Any]:
         """Return what the index says of one training example. ValueError if it does not have it."""
         with self.open_table("by_example") as table:
-            rows = table.where(example)
+            rows = self._kept(table.where(example))
         if not rows.num_rows:
             raise ValueError(f"index {self.label!r} has no example {example}.")
         return rows.to_pylist()[0]
 
     def table(self, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield one of the tables in batches, all columns by default."""
+        """Yield one of the tables in batches, all columns by default; erased examples are left out."""
+        needed = None if columns is None or "id" in columns else [*columns, "id"]
         with self.open_table(name) as table:
-            yield from table.batches(columns)
+            there = "id" in table.schema.names
+            for batch in table.batches(needed if there else columns):
+                kept = self._kept(pa.Table.from_batches([batch])) if there else pa.Table.from_batches([batch])
+                yield from kept.select(columns or table.schema.names).to_batches()
+
+    def _kept(self, rows: pa.Table) -> pa.Table:
+        """Return the rows of examples that are not erased by now."""
+        home = self.meta.get("corpus_home")
+        erased = erased_ids(Location.parse(home) if home else self.run, self.meta.get("corpus", "train"))
+        gone = pc.is_in(rows["id"], pa.array(sorted(erased), pa.int64()))
+        return rows.filter(pc.invert(gone)) if erased else rows
 
     def open_table(self, name: str) -> SortedTable:
         """Return one of the tables, open; FileNotFoundError if this index was made without it."""

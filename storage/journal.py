@@ -1,6 +1,8 @@
 """What is done, who is at work, and what happened: done-records of units, the lease on a run, events of a driver.
 
     journal/<stage>/<unit>/done.<n>     create-only; the highest n counts
+    journal/<stage>/<unit>/damaged.<n>  create-only; what the done-record of this n names is damaged: the unit is to be made
+                                        again and is then done.<n+1>
     journal/run/lease.<n>               driver, host, process and counter; its holder rewrites it, the highest n counts
     events/<driver>.<n>.jsonl           what happened, one JSON object a line, in order of n
 
@@ -17,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, ItemsView, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -63,6 +65,22 @@ class DoneRecords(Mapping[str, dict[str, Any]]):
         return len(self._latest)
 
 
+@dataclass(frozen=True)
+class Marks:
+    """The highest number of either kind of record that a unit has, −1 for none."""
+
+    done: int = -1
+    damaged: int = -1
+
+    @property
+    def is_done(self) -> bool:
+        return self.done > self.damaged
+
+    @property
+    def is_damaged(self) -> bool:
+        return self.damaged >= self.done and self.damaged >= 0
+
+
 class Journal:
     """The done-records of one stage."""
 
@@ -71,26 +89,72 @@ class Journal:
         self._folder = f"journal/{_checked(stage)}"
 
     def done(self) -> DoneRecords:
-        """Return the record of each unit done, the one of highest n, units in order of their keys. Cost: one listing."""
-        latest: dict[str, int] = {}
-        for key in self.run.list(self._folder):
-            unit, _, file = key.removeprefix(f"{self._folder}/").rpartition("/")
-            name, _, number = file.partition(".")
-            if name == "done" and unit:
-                latest[unit] = max(latest.get(unit, 0), int(number))
-        return DoneRecords(self.run, {unit: self._key(unit, number) for unit, number in sorted(latest.items())})
+        """Return the record of each unit done, the one of highest n, units in order of their keys. Cost: one listing.
+
+        A unit whose objects were found damaged since is not done.
+        """
+        marks = self._marks(self._folder)
+        latest = {unit: own.done for unit, own in sorted(marks.items()) if own.is_done}
+        return DoneRecords(self.run, {unit: self._key(unit, number) for unit, number in latest.items()})
+
+    def damaged(self) -> list[str]:
+        """Return the units that are to be made again, in order of their keys. Cost: one listing."""
+        return sorted(unit for unit, own in self._marks(self._folder).items() if own.is_damaged)
 
     def commit(self, unit_key: str, record: dict[str, Any]) -> dict[str, Any]:
-        """Note a unit as done and return the record that counts: the first one committed.
+        """Note a unit as done and return the record that counts: the first one since the unit was last found damaged.
 
         ValueError for a key with characters that no path should have.
         """
-        key = self._key(_checked(unit_key), 0)
+        unit = _checked(unit_key)
         try:
-            self.run.create_json(key, record)
+            self.run.create_json(self._key(unit, 0), record)
         except ObjectConflict:
-            return self.run.read_json(key)
+            own = self._marks(f"{self._folder}/{unit}")[unit]
+            if own.is_done:
+                return self.run.read_json(self._key(unit, own.done))
+            self.run.create_json(self._key(unit, own.damaged + 1), record)
         return record
+
+    def record(self, unit_key: str) -> dict[str, Any] | None:
+        """Return the record of one unit, None unless it is done. Cost: one listing of its own records, one read."""
+        unit = _checked(unit_key)
+        own = self._marks(f"{self._folder}/{unit}").get(unit, Marks())
+        return self.run.read_json(self._key(unit, own.done)) if own.is_done else None
+
+    def is_damaged(self, unit_key: str) -> bool:
+        """Tell whether one unit is to be made again. Cost: one listing of its own records."""
+        unit = _checked(unit_key)
+        return self._marks(f"{self._folder}/{unit}").get(unit, Marks()).is_damaged
+
+    def before(self, unit_key: str) -> dict[str, Any] | None:
+        """Return the record that a unit had when it was last found damaged, None if it never was."""
+        unit = _checked(unit_key)
+        own = self._marks(f"{self._folder}/{unit}").get(unit, Marks())
+        key = self._key(unit, own.damaged)
+        return self.run.read_json(key) if own.damaged >= 0 and self.run.exists(key) else None
+
+    def mark_damaged(self, unit_key: str, found: dict[str, Any]) -> bool:
+        """Note that what a unit wrote is damaged, so that the next job makes it anew; False if that is known already."""
+        unit = _checked(unit_key)
+        own = self._marks(f"{self._folder}/{unit}").get(unit, Marks())
+        if own.is_damaged:
+            return False
+        if own.done < 0:  # an index or a segment of an early version, which the journal did not name
+            self.commit(unit, {"objects": [], "noted_by": "verify"})
+        self.run.create_json(f"{self._folder}/{unit}/damaged.{max(own.done, 0)}", found)
+        return True
+
+    def _marks(self, folder: str) -> dict[str, Marks]:
+        """Return what stands under a folder of this stage, by unit."""
+        marks: dict[str, Marks] = {}
+        for key in self.run.list(folder):
+            unit, _, file = key.removeprefix(f"{self._folder}/").rpartition("/")
+            name, _, number = file.partition(".")
+            if unit and name in ("done", "damaged"):
+                own = marks.get(unit, Marks())
+                marks[unit] = replace(own, **{name: max(getattr(own, name), int(number))})
+        return marks
 
     def _key(self, unit: str, number: int) -> str:
         return f"{self._folder}/{unit}/done.{number}"
@@ -115,8 +179,8 @@ class Claim:
     lease: int  # the driver's
 
     def check(self, run: Location, unit: str) -> None:
-        """Raise LeaseLost if this unit is done, or if another driver holds the run by now."""
-        if any("/done." in key for key in run.list(f"journal/{self.stage}/{_checked(unit)}")):
+        """Raise LeaseLost if this unit is done and whole, or if another driver holds the run by now."""
+        if Journal(run, self.stage).record(unit) is not None:
             raise LeaseLost(f"unit {unit} of {run.uri} is done already: what this worker made of it differs, and goes.")
         if max(_lease_numbers(run)) > self.lease:
             raise LeaseLost(f"another driver has taken {run.uri} over: what this worker made of {unit} goes.")
@@ -239,6 +303,7 @@ class RunLease:
                 "started": _started_at(self.pid),
                 "nonce": self.nonce,
                 "counter": self._counter,
+                "time": round(time.time(), 3),  # for people; no two clocks are compared
                 "released": released,
             }
         )

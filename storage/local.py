@@ -7,12 +7,17 @@ leave one, and no reader sees it.
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
+
 PARTIAL = ".partial"
+DAY = 86400.0  # seconds
 
 
 def get(address: str) -> bytes:
@@ -45,6 +50,7 @@ def replace(address: str, data: bytes) -> None:
     """Put a file in the place of whatever is there."""
     with named_errors(address):
         os.replace(_write_partial(address, data), address)
+        _sync_folder(Path(address).parent)
 
 
 def upload(address: str, path: Path) -> bool:
@@ -62,8 +68,40 @@ def staging_folder(address: str) -> Path:
     """Return the folder in which a large file for this address is to be written, made if need be."""
     with named_errors(address):
         folder = Path(address).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         return folder
+
+
+def partial_name() -> str:
+    """Return a new name for a file being written, which tells who writes it."""
+    return f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}{PARTIAL}"
+
+
+def sweep(address: str, now: Callable[[], float] = time.time) -> int:
+    """Remove what writers that are gone left half written below a folder; return how many files.
+
+    Gone is a process of this host that is no more. Of other hosts nothing is known: their files go when they are a day
+    old, by this host's clock.
+    """
+    count, pending = 0, [address]
+    while pending:
+        for entry in _entries(pending.pop()):
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(entry.path)
+            elif entry.name.endswith(PARTIAL) and _is_left_behind(entry, now()):
+                delete(entry.path)
+                count += 1
+    return count
+
+
+def _is_left_behind(entry: os.DirEntry[str], now: float) -> bool:
+    host, pid = [*entry.name.removesuffix(PARTIAL).rsplit(".", 2), "", ""][:2]
+    if host == socket.gethostname() and pid.isdecimal():
+        return not psutil.pid_exists(int(pid))
+    try:
+        return now - entry.stat().st_mtime > DAY
+    except FileNotFoundError:  # finished meanwhile
+        return False
 
 
 def list_keys(address: str) -> list[str]:
@@ -101,8 +139,8 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 def _write_partial(address: str, data: bytes) -> Path:
     path = Path(address)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(6)}{PARTIAL}")
+    _make_folder(path.parent)
+    partial = path.with_name(partial_name())
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -119,9 +157,22 @@ def _link(partial: Path, address: str) -> bool:
         os.link(partial, address)
     except FileExistsError:
         return False
-    folder = os.open(Path(address).parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _sync_folder(Path(address).parent)
     return True
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each noted durably in the one above: else a power cut could take its files."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -6,10 +6,12 @@ is the location itself.
 """
 
 import errno
+import fcntl
 import hashlib
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -22,6 +24,8 @@ from typing import IO, Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from storage import local, s3
+
+MD5 = re.compile(r"[0-9a-f]{32}")  # an entity tag that is one: of an object put in one part, not encrypted with KMS
 
 
 class ObjectConflict(OSError):  # noqa: N818
@@ -119,16 +123,16 @@ class Location:
 
     @contextmanager
     def create_from(self, key: str) -> Iterator[IO[bytes]]:
-        """Give a file to write a large object into; it appears under its key, whole, on a clean exit only.
+        """Give a file to write a large object into, and to read again; it appears under its key, whole, on a clean exit only.
 
         Raises ObjectConflict if the key exists by then. On S3 the check and the upload are two steps, so only a
         holder of the run's lease uses it.
         """
         address = self._writable(key)
         folder = self._backend.staging_folder(address) or Path(tempfile.gettempdir())
-        name = folder / f"{secrets.token_hex(8)}{local.PARTIAL}"  # not mkstemp, whose files nobody else may read
+        name = folder / local.partial_name()  # not mkstemp, whose files nobody else may read
         try:
-            with local.named_errors(address), name.open("xb") as file:
+            with local.named_errors(address), name.open("x+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -176,10 +180,16 @@ class Location:
         finally:
             self.delete(key)
 
+    def sweep(self) -> int:
+        """Remove files that killed writers left half written, never those of a live one; return how many. None on S3."""
+        path = self.local_path()
+        return 0 if path is None else local.sweep(str(path))
+
     def fetch(self, cache: Path) -> Path:
         """Return a local folder that holds everything below: itself, or a copy under `cache`.
 
-        The copy's name follows from address, keys, sizes and versions, so that a changed prefix is fetched anew.
+        The copy's name follows from address, keys, sizes and versions, so that a changed prefix is fetched anew. It
+        appears under it whole. A fetch that was cut off goes on where it stopped; processes of one machine take turns.
         """
         path = self.local_path()
         if path is not None:
@@ -192,11 +202,13 @@ class Location:
         if target.is_dir():
             return target
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, suffix=local.PARTIAL) as folder:
-            for key, _, _ in entries:
-                _download(self, key, Path(folder, "copy", key))
-            if not target.is_dir():  # two processes of one machine may fetch at once: the first copy stays
-                Path(folder, "copy").rename(target)
+        with Path(f"{target}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by the system, also if this process is killed
+            if not target.is_dir():
+                copy = Path(f"{target}{local.PARTIAL}")
+                for key, size, tag in entries:
+                    _download(self, key, copy / key, size, tag)
+                copy.rename(target)
         return target
 
     def list(self, prefix: str = "") -> list[str]:
@@ -231,7 +243,28 @@ def _package_path(uri: str) -> Path:
     return Path(folders[0], rest) if rest else Path(folders[0])
 
 
-def _download(source: Location, key: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open(key) as reader, target.open("wb") as writer:
-        shutil.copyfileobj(reader, writer, 8 << 20)
+def _download(source: Location, key: str, target: Path, size: int, tag: str) -> None:
+    """Copy an object that has this size and entity tag, from where an earlier attempt was cut off.
+
+    OSError if what arrived has another size, or another MD5 where the tag is one: that copy is thrown away.
+    """
+    if target.exists():  # it got its name when it was whole
+        return
+    part = Path(f"{target}{local.PARTIAL}")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("a+b") as writer:
+        if writer.tell() > size:
+            writer.truncate(0)
+        if (start := writer.seek(0, os.SEEK_END)) < size:
+            with source.open(key) as reader:
+                reader.seek(start)
+                shutil.copyfileobj(reader, writer, 8 << 20)
+        writer.flush()
+        os.fsync(writer.fileno())
+        writer.seek(0)
+        md5 = hashlib.file_digest(writer, "md5").hexdigest()
+        arrived = writer.tell()
+    if arrived != size or (MD5.fullmatch(tag.strip('"')) and md5 != tag.strip('"')):
+        part.unlink()
+        raise OSError(f"{source.uri}/{key} did not arrive whole ({arrived:,} of {size:,} bytes, MD5 {md5}). Run again.")
+    part.rename(target)

@@ -16,6 +16,7 @@ OWN = {  # the columns that we add, in this order; an original field of such a n
     "chunk": pa.int32(),  # number of the chunk in its document
     "length": pa.int32(),  # tokens, 1 without input_ids
 }
+_STAY, _BLANK = ("id", "doc_id", "chunk"), {"length": 0}  # of an erased row
 ENCODED = "encoded"  # struct column of what the task's encode returned
 
 
@@ -52,6 +53,19 @@ def to_batch(rows: list[dict[str, Any]], schema: pa.Schema, places: list[str]) -
     if names:
         columns.append(pa.StructArray.from_arrays(parts, fields=list(kind)))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def blanked(batch: pa.RecordBatch, ids: frozenset[int]) -> pa.RecordBatch:
+    """Return rows of which those with these ids hold nothing but id, doc_id and chunk: empty texts, nulls, length 0."""
+    erased = np.isin(batch.column("id").to_numpy(), np.fromiter(ids, np.int64, len(ids)))
+    if not erased.any():
+        return batch
+    kept = pa.array(np.where(erased, len(erased), np.arange(len(erased))))  # the place of the blank, or a row's own
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        blank = pa.array([_BLANK.get(name, "" if pa.types.is_string(column.type) else None)], column.type)
+        columns.append(column if name in _STAY else pa.concat_arrays([column, blank]).take(kept))
+    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
 
 
 def from_table(table: pa.Table) -> list[dict[str, Any]]:

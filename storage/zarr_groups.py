@@ -153,7 +153,8 @@ class LocationStore(Store):
             if self.allow_missing:
                 return None
             raise MissingRows(
-                f"{self.location.uri}/{key} is missing though its rows were written. Restore it, or score into another run."
+                f"{self.location.uri}/{key} is missing though its rows were written. Run launch/status.py --verify, then its "
+                "job again."
             ) from error
         raise TypeError(f"unknown byte range {byte_range!r}")
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.batches import Batch
-from engine.gradients import GradientBatch
+from engine.gradient_batch import GradientBatch
+from engine.methods.inverse import InverseCurvature
+from engine.methods.nearest import Nearest
 from engine.models import import_path
 from engine.projection import RowLayout
 
@@ -20,6 +22,8 @@ METHODS = {
     "tracin": "engine.methods.tracin:TracIn",
     "gradient-dot": "engine.methods.tracin:GradientDot",
     "gradient-cosine": "engine.methods.tracin:GradientCosine",
+    "influence": "engine.methods.influence:Influence",
+    "fastif": "engine.methods.fastif:FastIF",
 }
 
 
@@ -54,12 +58,13 @@ class QueryState:
     losses: Tensor  # float64 [Q]
     weight: float  # η of this checkpoint
     chosen: tuple[int, ...]  # norm columns that the score counts: all, or a method's choice among them
-    candidates: Tensor | None = None  # only these training ids are read
+    candidates: Tensor | None = None  # int64 [Q, k], −1 where there are fewer: only these training ids are scored
+    probes: Tensor | None = None  # int64 [Q, s], −1: other ids, scored besides to estimate what candidates miss
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of its tensors."""
-        tensors = [*self.arrays.values(), self.norms, self.losses, self.candidates]
+        tensors = [*self.arrays.values(), self.norms, self.losses, self.candidates, self.probes]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -85,6 +90,8 @@ class Source(Protocol):
 class Method(Protocol):
     """An attribution method; its settings are its fields.
 
+    One that scores along inverse-curvature products has the property `inverse` besides (inverse_of); one that
+    scores some examples of each query alone, `nearest` (nearest_of).
     `scale` is what rows and queries are multiplied with, given their own norms, so that the weighted score is one inner
     product: what a neighbour index needs.
     """
@@ -109,6 +116,16 @@ def load_method(name: str, settings: dict) -> Method:
         return import_path(METHODS[name])(**settings)
     except TypeError as error:
         raise ValueError(f"method {name} does not take these settings {sorted(settings)}: {error}") from error
+
+
+def inverse_of(method: Method) -> InverseCurvature | None:
+    """Return with which inverse curvature the method's prepared queries are multiplied; None for most methods."""
+    return getattr(method, "inverse", None)
+
+
+def nearest_of(method: Method) -> Nearest | None:
+    """Return by which features the method's candidates are found; None for a method that scores every example."""
+    return getattr(method, "nearest", None)
 
 
 def join_batches(parts: list[GradientBatch]) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:

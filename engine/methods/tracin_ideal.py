@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.batches import Batch
 from engine.training import TrainSettings, train
+
+_Named = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class StepEffect:
     """What one step did to the Q queries; both positive where it lowered the loss."""
 
     fall: Tensor  # [Q] ℓ(w_t, z′) − ℓ(w_{t+1}, z′); the falls of all steps add up to ℓ(w_0, z′) − ℓ(w_T, z′)
-    first_order: Tensor  # [Q] (w_t − w_{t+1})·∇ℓ(w_t, z′): under SGD η g·∇ℓ(w_t, z′), g the mean gradient of the batch
+    first_order: Tensor  # [Q] (w_t − w_{t+1})·∇ℓ(w_t, z′): under SGD η g·∇ℓ(w_t, z′), g the mean gradient of the batch.
+    # Statistics of a batch norm are part of the state that `fall` compares; first order follows the weights alone.
 
 
 class _Losses(nn.Module):
@@ -48,19 +52,39 @@ def every_step(
     """Train in place and yield the effect of every step, measured in evaluation mode.
 
     Small steps need a float64 model: the fall is a difference of two losses. Cost a step: a training step and about four
-    forward passes of the queries, one of them with a directional derivative (no fused attention).
+    forward passes of the queries, one of them with a directional derivative (no fused attention). Raises ValueError for
+    a model with an operation that has none.
     """
     losses = _Losses(model, loss)
-
-    def losses_under(weights: dict[str, Tensor]) -> Tensor:
-        return functional_call(losses, weights, (queries,))
-
-    before = {name: weight.detach().clone() for name, weight in losses.named_parameters()}
+    before = _state(losses)
     for _ in train(model, loss, collate, rows, settings):
         model.eval()
-        after = {name: weight.detach().clone() for name, weight in losses.named_parameters()}
-        step = {name: before[name] - after[name] for name in before}
-        with torch.no_grad():
-            start, first_order = jvp(losses_under, (before,), (step,))[:2]
-            yield StepEffect(start - losses_under(after), first_order)
+        after = _state(losses)
+        yield _effect(losses, queries, before, after)
         before = after
+
+
+def _state(losses: nn.Module) -> tuple[_Named, _Named]:
+    """Return copies of the weights and of the buffers, such as a batch norm's statistics, which training moves too."""
+    weights = {name: weight.detach().clone() for name, weight in losses.named_parameters()}
+    return weights, {name: buffer.detach().clone() for name, buffer in losses.named_buffers()}
+
+
+def _effect(
+    losses: nn.Module, queries: Batch, before: tuple[_Named, _Named], after: tuple[_Named, _Named]
+) -> StepEffect:
+    weights, buffers = before
+
+    def at(weights: _Named) -> Tensor:
+        return functional_call(losses, (weights, buffers), (queries,))
+
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+            step = {name: weights[name] - after[0][name] for name in weights}
+            start, first_order = jvp(at, (weights,), (step,))[:2]
+            return StepEffect(start - functional_call(losses, after, (queries,)), first_order)
+    except NotImplementedError as error:
+        what = str(error).splitlines()[0]
+        raise ValueError(
+            f"TracInIdeal cannot follow this model: torch has no forward-mode derivative of it ({what})"
+        ) from error

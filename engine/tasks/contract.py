@@ -3,6 +3,12 @@
 A user's own class needs `build`, `collate` and `loss`; the rest has defaults here, or is done without: `token_losses`,
 [B, T], which add up to the loss, let an answer say what each token contributed. One convention holds everywhere:
 losses are [B], summed over an example's tokens, never over the batch.
+
+A model may keep each example in its own row of every module's input, b-th example in row b, as most do; or its examples
+are run one at a time. Which of the two is seen by holding three examples of a few batches (the first, second, fourth,
+eighth …) against the same examples alone. So a model that keeps this order only in some batches (it sorts its rows by
+length, or has an image tower that gets as many pictures as there are texts) has to be given to us in a form that never
+does, or that does so in those batches too: what a batch looks like may not decide it. Batches of one are always exact.
 """
 
 from pathlib import Path

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engine.batches import Batch, pad
 from engine.counters import derive_key, words
+from engine.limits import read_limits
 from engine.models import load_hugging_face, start_hugging_face
 from engine.tasks.text import (
     IGNORED,
@@ -37,7 +38,7 @@ class MaskedLM:
     def __init__(
         self,
         tokenizer: str,  # folder of the tokenizer
-        model: str | None = None,
+        model: str | None = None,  # folder with the model's config.json, whose vocabulary bounds the random tokens
         text_field: str = "text",
         max_tokens: int = 512,  # of a chunk, special tokens included
         mask_share: float = 0.15,  # chance of a token to be chosen
@@ -62,6 +63,8 @@ class MaskedLM:
             )
         if self.tokenizer.mask_token_id is None:
             raise ValueError(f"the tokenizer in {tokenizer} has no mask token: use task causal-lm, or its model's own")
+        known = read_limits(Path(model)).vocabulary if model else None
+        self.vocabulary = min(len(self.tokenizer), known or len(self.tokenizer))  # one may hold tokens the other lacks
         self.special = np.array(self.tokenizer.all_special_ids)
         self.text_field, self.max_tokens, self.attention = text_field, max_tokens, attention
         self.base = base
@@ -122,7 +125,7 @@ class MaskedLM:
         if self.masking == "mask":
             return np.where(chosen, self.tokenizer.mask_token_id, tokens), np.where(chosen, tokens, IGNORED)
         fate = uniform(drawn[:, 1])
-        any_token = (drawn[:, 2] % np.uint64(len(self.tokenizer))).astype(tokens.dtype)
+        any_token = (drawn[:, 2] % np.uint64(self.vocabulary)).astype(tokens.dtype)
         changed = np.where(fate < _REPLACED + _RANDOM, any_token, tokens)
         changed = np.where(fate < _REPLACED, self.tokenizer.mask_token_id, changed)
         return np.where(chosen, changed, tokens), np.where(chosen, tokens, IGNORED)

@@ -197,7 +197,8 @@ class RunView:
         if column not in NUMBERS:
             raise ValueError(f"column={column!r} is not allowed: one of {', '.join(NUMBERS)}")
         values = self.held.score(scores).numbers(column)
-        values = values[np.isfinite(values)]
+        kept = self._kept(scores, self.held.score(scores).ids(), {})
+        values = values[np.isfinite(values) if kept is None else np.isfinite(values) & kept]
         if not len(values):
             return {"edges": [], "counts": []}
         counts, edges = np.histogram(values, bins)

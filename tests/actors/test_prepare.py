@@ -1,10 +1,12 @@
+import numpy as np
 import pytest
 import torch
 
-from actors.prepare import query_batches, refuse_nonfinite
+from actors.prepare import misclassified, plain, query_batches, refuse_nonfinite
 from engine.batches import Batch
 from engine.methods.contract import QueryState
 from engine.projection import Range, RowLayout
+from engine.tasks.labels import Labels
 
 LAYOUT = RowLayout({"rows": 3}, (Range("a.weight", "rows", 0, 2, 2, 1), Range("b.bias", "rows", 2, 3, 1, 1)))
 
@@ -35,3 +37,36 @@ def test_a_query_that_is_not_finite_is_named_with_the_place() -> None:
         refuse_nonfinite(state([[1, 2, 3], [1, 2, nan]], [0.5, 0.5]), LAYOUT, ["0", "1 (source:x)"], "c-1")
     with pytest.raises(FloatingPointError, match="query 0 is not finite: the loss under c-1"):
         refuse_nonfinite(state([[nan, 2, 3], [1, 2, nan]], [nan, 0.5]), LAYOUT, ["0", "1"], "c-1")
+
+
+class Named:
+    label_field = "mood"
+    labels = Labels(None, ["bad", "good"])
+
+
+class Free:
+    label_field = "mood"
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "predicted", "wrong"),
+    [
+        (Named(), 1, "good", False),
+        (Named(), "good", "good", False),
+        (Named(), "bad", "good", True),
+        (Named(), "good", None, None),
+        (Named(), None, "good", None),
+        (Free(), 3, "3", False),
+        (Free(), 3, "4", True),
+        (Ids(), 3, "4", None),
+    ],
+)
+def test_a_mistake_is_another_class_than_the_querys_own(
+    task: object, label: object, predicted: object, wrong: bool | None
+) -> None:
+    assert misclassified(task, {"mood": label}, predicted) is wrong  # type: ignore[arg-type]
+
+
+def test_predictions_are_plain() -> None:
+    given = [torch.tensor(2), np.float32(0.5), float("inf"), "good", None, (1, 2)]
+    assert [plain(one) for one in given] == [2, 0.5, "inf", "good", None, "(1, 2)"]

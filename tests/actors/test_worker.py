@@ -32,7 +32,7 @@ def worker(monkeypatch, tmp_path):
     worker, second = Worker(str(tmp_path), "cpu"), threading.Event()
     store, inside = Store(second), list[int]()
 
-    def compute(hooks, task, rows, spec, device):
+    def compute(hooks, task, rows, spec, device, erased):
         inside.append(1)
         assert len(inside) == 1  # never two at once
         if rows[0]["start"] == 1:
@@ -44,6 +44,7 @@ def worker(monkeypatch, tmp_path):
     fakes = {
         "rows": lambda home, name, at: [{"length": 1, "start": at["start"]}], "gradients": lambda *_: None,
         "task": lambda _: None, "store": lambda _: store, "ids": lambda *_: np.arange(1),
+        "erased": lambda *_: np.zeros(1, dtype=bool),
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(worker.context, name, fake)

@@ -1,10 +1,20 @@
 """What every operator must do, whichever it is: a solver cannot tell which one it holds."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.coordinates import chosen_coordinates
+from actors.curvature import curvature_unit
+from actors.held_curvature import HeldCurvature
+from actors.operator import DistributedOperator
+from actors.pool import InProcessPool
+from actors.units import Receipt, Unit
+from engine.batches import Batch
+from engine.coordinates import Coordinates, chosen_coordinates
 from engine.curvature import Curvature, LocalOperator, Operator
 from engine.solvers import conjugate_gradient, exact, finish, largest_eigenvalue
 from tests import oracles
@@ -31,7 +41,36 @@ def on_a_hessian() -> tuple[Operator, Tensor]:
     return LocalOperator(curvature, cut(batch, 4), l2=0.5), batch.ids
 
 
+def distributed() -> tuple[Operator, Tensor]:
+    """Return the operator of a pool whose three workers hold the same model and examples as the local one."""
+    model, batch = tiny_bert().double(), token_batch()
+    chosen = chosen_coordinates(model, ["bert.pooler", "classifier"])
+    pool = InProcessPool(lambda: CurvatureWorker(model, chosen, batch), 3)
+    ids = batch.ids.numpy()
+    return DistributedOperator(pool, {}, chosen.size, ids, block_rows=2, l2=0.01), batch.ids
+
+
+class CurvatureWorker:
+    """Carries out units of curvature on a model that it is given."""
+
+    def __init__(self, model: nn.Module, chosen: Coordinates, batch: Batch) -> None:
+        places = {int(example): place for place, example in enumerate(batch.ids)}
+        curvature = Curvature(model, text_loss, chosen, dtype=torch.float64)
+        task = SimpleNamespace(collate=lambda rows: batch.take([row["place"] for row in rows]))
+
+        def read(ids: np.ndarray) -> list[dict]:
+            return [{"place": places[int(i)], "length": 7} for i in ids]
+
+        self._held = HeldCurvature(curvature, task, read, 14, torch.device("cpu"))
+        self._context = SimpleNamespace(curvature=lambda *settings: self._held)
+
+    def run(self, function: str, settings: dict[str, Any], unit: Unit) -> Receipt:
+        empty = {"model": None, "gradients": None, "curvature": None}
+        return curvature_unit(self._context, empty | settings, unit)  # type: ignore[arg-type]
+
+
 OPERATORS = {
+    "distributed": distributed,
     "matrices": on_matrices, "local": on_a_model, "replayed": lambda: on_a_model(1 << 20), "hessian": on_a_hessian,
 }  # fmt: skip
 

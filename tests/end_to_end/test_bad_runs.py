@@ -92,7 +92,7 @@ def test_folders_and_files_that_moved_or_are_spelled_otherwise_are_the_same(
     assert [c.uri.rpartition("/")[0] for c in again.checkpoints()] == [f"{tmp_path}/there/model"] * 3
     assert again.score(["the film was dull"], k=2)[0].proponents, "new texts are answered from where things lie now"
     write_texts(tmp_path / "there/train.jsonl", 44)
-    assert "was made with content=" in told(small(settings, **moved, task=words))
+    assert "45 records were ingested before, the source now has only 44" in told(small(settings, **moved, task=words))
 
 
 def test_another_runs_store_may_move_but_not_change(
@@ -156,18 +156,29 @@ def test_other_gradients_with_the_same_store(settings: Settings, told: Told) -> 
     run_job(small(settings))
 
 
-@pytest.mark.parametrize(("where", "use"), [("corpus", "another run"), ("queries", "another queries.name")])
+@pytest.mark.parametrize(
+    ("where", "first", "seen", "use"),
+    [
+        (
+            "corpus",
+            1,
+            "was made with source_id='r0' at",
+            "A corpus may only grow at its end: use another run, or restore that value",
+        ),
+        ("queries", 0, "was made with content=", "Use another queries.name, or restore that value."),
+    ],
+)
 def test_a_source_that_changed_under_the_same_name(
-    settings: Settings, told: Told, tmp_path: Path, where: str, use: str
+    settings: Settings, told: Told, tmp_path: Path, where: str, first: int, seen: str, use: str
 ) -> None:
     file = write_texts(tmp_path / "texts.jsonl", 6)
     config = small(settings, **{where: {"path": str(file)}})
     run_job(config)
     before = file.read_text()
-    write_texts(file, 7)
+    write_texts(file, 7, first)
     message = told(config)
-    assert "was made with content=" in message
-    assert f"Use {use}, or restore that value." in message
+    assert seen in message
+    assert use in message
     file.write_text(before)
     run_job(config)
 

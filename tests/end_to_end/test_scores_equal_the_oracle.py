@@ -66,8 +66,8 @@ def no_learning_rate(queries, source, modules, weight):
     return QUERY_GRADIENTS(queries, source, modules, 1.0)
 
 
-def only_the_last(ids, parts, spec):
-    return ADD_UP(ids, list(parts)[-1:], spec)
+def only_the_last(ids, parts, spec, *more):
+    return ADD_UP(ids, list(parts)[-1:], spec, *more)
 
 
 QUERY_GRADIENTS, ADD_UP = tracin.query_gradients, score_stage.add_up

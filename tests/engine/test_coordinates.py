@@ -1,5 +1,7 @@
 """The order of the chosen weights: that of gradient rows, in both directions."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,8 @@ from engine.gradients import PerExampleGradients
 from engine.parameters import select_parameters
 from engine.projectors import Whole
 from tests import oracles
-from tests.conftest import tiny_bert, tiny_gpt2
+from tests.conftest import tiny_bert, tiny_gpt2, token_batch, token_loss
+from tests.engine.test_routed import mixtral, qwen_moe
 
 
 def test_a_vector_is_a_whole_gradient_row(case: tuple) -> None:
@@ -22,6 +25,19 @@ def test_a_vector_is_a_whole_gradient_row(case: tuple) -> None:
     for i in range(len(batch)):
         flat = coordinates.flat([truth[w.name][i] for w in coordinates.weights])
         assert oracles.relative_error(block[:, i], flat) < 1e-10
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen_moe])
+def test_a_vector_is_a_whole_gradient_row_of_fused_experts(make: Callable[[], nn.Module]) -> None:
+    model, batch = make().double(), token_batch()
+    parameters, coordinates = select_parameters(model, ["*"]), chosen_coordinates(model, ["*"])
+    assert any(p.is_fused for p in parameters)
+    with PerExampleGradients(model, parameters, Whole(parameters, stored=False)) as hooks, pytest.warns(match="alone"):
+        block = coordinates.join(hooks(token_loss, batch).arrays)
+    truth = oracles.gradients(model, token_loss, batch)
+    for i in range(len(batch)):
+        flat = coordinates.flat([truth[w.name][i] for w in coordinates.weights])
+        assert oracles.relative_error(block[:, i], flat) < 1e-6  # routers and norms compute in float32
 
 
 def test_all_ways_there_lead_back() -> None:

@@ -68,6 +68,18 @@ def test_recall_counts_the_exact_ids_found():
     assert recall(np.array([[1, 2], [5, 6]]), np.array([[2, 3], [6, 5]])) == 0.75
 
 
+def test_places_that_no_row_fills_are_not_found() -> None:
+    exact = np.array([[1, 2, -1, -1], [3, -1, -1, -1], [-1, -1, -1, -1]])
+    assert recall(np.array([[1, 9, -1, -1], [-1, -1, -1, -1], [-1, -1, -1, -1]]), exact) == 0.25
+    assert recall(np.full((2, 3), -1), np.full((2, 3), -1)) == 1.0  # nothing to find
+    index, exact = index_of("ivf", 1, 300), np.full((2, 3, 1200), -1)
+    exact[..., :300] = IDS[:300]  # all of them, asked for four times as many
+    assert min(widen(index, QUERIES, exact)) == 1.0
+    looked = probed(index)
+    assert looked is not None
+    assert looked[0] == looked[1]
+
+
 def test_rows_too_large_for_half_precision_are_refused() -> None:
     vectors = np.full((50, 4), 1e5, dtype=np.float32)
     with pytest.raises(ValueError, match="output.neighbours=sqfp16 cannot hold 1e\\+05"):

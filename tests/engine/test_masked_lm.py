@@ -10,7 +10,7 @@ from engine import gradients
 from engine.gradients import PerExampleGradients
 from engine.parameters import select_parameters
 from engine.projectors import Whole
-from engine.tasks.contract import load_task
+from engine.tasks.contract import load_task, with_model_folder
 from engine.tasks.masked_lm import MaskedLM
 from tests import oracles
 from tests.conftest import Caught
@@ -57,6 +57,24 @@ def test_hidden_tokens_do_not_depend_on_batch_mates_and_differ_between_neighbour
             assert torch.equal(alone[name][0], together[name][position])
     assert len({tuple(labels.tolist()) for labels in together["labels"]}) == len(rows)
     assert not torch.equal(MaskedLM(str(folder), seed=1).collate(rows)["labels"], together["labels"])
+
+
+def test_no_random_token_is_one_that_the_model_does_not_know(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"new{i}" for i in range(500)])
+    tokenizer.save_pretrained(tmp_path / "grown")
+    tiny_masked_bert(vocab_size=25).save_pretrained(tmp_path / "model")
+    row = {"input_ids": np.full(400, 9), "counted": np.ones(400, np.uint8)}
+    rows = [row | {"id": i} for i in range(20)]
+    task = load_task(
+        "masked-lm", with_model_folder("masked-lm", {}, tmp_path / "model") | {"tokenizer": str(tmp_path / "grown")}
+    )
+    assert 20 < task.collate(rows)["input_ids"].max() < 25
+    plain = load_task("masked-lm", {"tokenizer": str(folder), "model": str(tmp_path / "model")})
+    assert torch.equal(plain.collate(rows)["input_ids"], MaskedLM(str(folder)).collate(rows)["input_ids"])
+    assert MaskedLM(str(tmp_path / "grown")).collate(rows)["input_ids"].max() > 25  # nothing known of the model
 
 
 def test_shares_are_those_of_bert(folder: Path) -> None:

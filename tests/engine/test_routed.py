@@ -126,6 +126,92 @@ def test_a_module_found_to_be_routed_after_a_batch_that_did_not_show_it_is_exact
         assert torch.allclose(found, truth[name].flatten(1), rtol=1e-10, atol=1e-12)
 
 
+class EveryExpert(Mixture):
+    """Experts are called on no token too, and their first layer has a bias."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids)
+        choice = self.gate(h.flatten(0, 1)).argmax(-1)
+        out = torch.zeros_like(h.flatten(0, 1))
+        for number, expert in enumerate(self.experts):
+            rows = torch.nonzero(choice == number).flatten()
+            out = out.index_add(0, rows, expert(h.flatten(0, 1)[rows]))
+        return self.head((h + out.reshape(h.shape)).mean(1))
+
+
+def test_an_expert_called_on_no_token_gives_its_bias_a_zero_gradient() -> None:
+    model, batch = randomise(EveryExpert()).double(), square_batch(4, 2)
+    truth = oracles.gradients(model, mixture_loss, batch)
+    assert (truth["experts.0.0.bias"].norm(dim=1) == 0).any()
+    parameters = select_parameters(model, ["experts.*"])
+    with PerExampleGradients(model, parameters, Whole(parameters), norms=True) as hooks:
+        for i in range(len(batch)):
+            for name, found in hooks(mixture_loss, batch.take([i])).arrays.items():
+                assert torch.allclose(found, truth[name][i : i + 1].flatten(1), rtol=1e-10, atol=1e-12), name
+
+
+class Sorting(nn.Module):
+    """Sorts its rows by length inside and puts them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        order = lengths.argsort()
+        return torch.tanh(self.first(x[order]))[order.argsort()]
+
+
+class Pictures(nn.Module):
+    """A tower that sees the pictures of all examples, some of which have none or several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.tower = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        own = torch.repeat_interleave(torch.arange(len(x)), count)
+        return torch.tanh(self.text(x)).index_add(0, own, torch.tanh(self.tower(x[own].cos())))
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "then"),
+    [(Sorting, [0, 1, 2, 3, 4, 5], [3, 1, 0, 2, 5, 4]), (Pictures, [1, 1, 1, 1, 1, 1], [2, 0, 1, 1, 2, 0])],
+)
+def test_a_second_batch_is_looked_at_too(model: type[nn.Module], first: list[int], then: list[int], caught) -> None:
+    """Batches of as many rows as examples: only the order of the rows gives the model away, and only in the second."""
+    made, x = randomise(model()).double(), mlp_batch(6)["x"]
+    batches = [Batch(torch.arange(6), {"x": x, "n": torch.tensor(numbers)}) for numbers in (first, then)]
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["x"], batch["n"]).square().sum(1)
+
+    parameters, truths = select_parameters(made, ["*"]), [oracles.gradients(made, loss, batch) for batch in batches]
+
+    def compare() -> None:
+        with PerExampleGradients(made, parameters, Whole(parameters)) as hooks, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for batch, truth in zip(batches, truths, strict=True):
+                for name, found in hooks(loss, batch).arrays.items():
+                    assert torch.allclose(found, truth[name].flatten(1), rtol=1e-10, atol=1e-12), name
+
+    caught(compare, gradients.routed, "places", trusting)
+
+
+def test_a_module_once_seen_to_mix_its_rows_stays_so() -> None:
+    made, x = randomise(Sorting()).double(), mlp_batch(6)["x"]
+
+    def why_alone(hooks: PerExampleGradients, numbers: list[int]) -> str | None:
+        batch = Batch(torch.arange(6), {"x": x, "n": torch.tensor(numbers)})
+        return hooks.why_alone(lambda model, some: model(some["x"], some["n"]).square().sum(1), batch)
+
+    parameters = select_parameters(made, ["*"])
+    with PerExampleGradients(made, parameters, Whole(parameters)) as hooks:
+        assert why_alone(hooks, [0, 1, 2, 3, 4, 5]) is None
+        for numbers in ([3, 1, 0, 2, 5, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]):
+            assert why_alone(hooks, numbers) == "module first does not keep one example in each row of its input"
+
+
 class Positions(nn.Module):
     """A table of positions that is asked for [T], not [1, T]: as many rows as examples where they are as long."""
 

@@ -1,6 +1,7 @@
 """What every step did to the queries' losses: against steps written out, and where the answer is known in closed form."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from engine.methods.tracin import TracIn
 from engine.methods.tracin_ideal import StepEffect, every_step
 from engine.training import TrainSettings
 from tests import oracles
-from tests.conftest import ToyMlp, mlp_batch, mlp_loss, randomise
+from tests.conftest import ToyMlp, mlp_batch, mlp_loss, randomise, tiny_gpt2, token_batch, token_loss
 from tests.engine.test_tracin import HookSource
 
 TRAIN, QUERY = mlp_batch(7), mlp_batch(3, seed=9)
@@ -176,6 +177,55 @@ def test_visits_of_other_steps_and_rates_left_out_are_caught(caught) -> None:
     caught(compare, here, "score_at", lambda method, model, rate, rows: plain(method, model, 1.0, rows))
     caught(compare, here, "score_at", lambda method, model, rate, rows: -plain(method, model, rate, rows))
     caught(compare, here, "visits", lambda settings, count: [right(settings, count)[-1], *right(settings, count)[:-1]])
+
+
+class Normalising(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(5), toy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x))
+
+
+def test_statistics_that_training_moves_are_part_of_every_fall() -> None:
+    settings = TrainSettings(epochs=2, batch_size=4, learning_rate=0.1, optimizer="sgd")
+    torch.manual_seed(0)
+    model = Normalising().double()
+    start = mlp_loss(model.eval(), QUERY).detach()
+    falls, _ = stacked(effects_of(model, mlp_loss, settings, pick(TRAIN, list(range(6))), QUERY))
+    whole = start - mlp_loss(model.eval(), QUERY).detach()
+    assert (falls.sum(0) - whole).abs().max() <= 1e-12
+    assert whole.abs().max() > 1e-3
+
+
+def test_gradients_are_on_between_two_steps() -> None:
+    steps = every_step(toy(), mlp_loss, lambda rows: pick(TRAIN, rows), list(range(len(TRAIN))), QUERY, SETTINGS)
+    next(steps)
+    assert torch.is_grad_enabled()
+    steps.close()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_transformers_with_fused_attention_are_followed(attention: str) -> None:
+    model = tiny_gpt2(attn_implementation=attention).double()
+    batch = token_batch()
+    start = token_loss(model.eval(), batch).detach()
+    settings = TrainSettings(epochs=1, batch_size=2, learning_rate=1e-3, optimizer="sgd")
+    effects = list(
+        every_step(model, token_loss, lambda rows: batch.take(rows), list(range(len(batch))), batch, settings)
+    )
+    falls, first = stacked(effects)
+    assert (falls.sum(0) - (start - token_loss(model.eval(), batch).detach())).abs().max() <= 1e-10
+    assert torch.allclose(first.sum(0), falls.sum(0), rtol=0.1, atol=1e-4)
+    assert first.abs().max() > 0
+
+
+def test_an_operation_without_a_forward_derivative_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracin_ideal, "sdpa_kernel", lambda _: nullcontext())  # fused attention
+    model, batch = tiny_gpt2(attn_implementation="sdpa"), token_batch()
+    with pytest.raises(ValueError, match="TracInIdeal cannot follow this model: torch has no forward-mode derivative"):
+        list(every_step(model, token_loss, lambda rows: batch.take(rows), [0, 1], batch, SETTINGS))
 
 
 def test_dropout_is_off_while_queries_are_measured() -> None:

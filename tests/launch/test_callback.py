@@ -3,13 +3,14 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from launch import InfluenceCallback
 from launch.config import make_config
@@ -124,6 +125,35 @@ def test_only_the_process_that_saves_writes(tmp_path: Path) -> None:
         callback.on_save(args, state, None)
         assert (tmp_path / "checkpoint-7" / RECORD).exists() == saves
     assert json.loads((tmp_path / "checkpoint-7" / RECORD).read_text())["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize("logging_steps", [5, 500])
+def test_a_later_training_into_the_same_folder_is_not_given_the_old_rates(
+    tmp_path: Path, tokenizer_folder: Path, logging_steps: int
+) -> None:
+    train(trainer(tmp_path, tokenizer_folder, InfluenceCallback(), logging_steps=logging_steps))
+    changes = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": logging_steps}
+    train(trainer(tmp_path, tokenizer_folder, TrainerCallback(), **changes))
+    said: list[str] = []
+    if logging_steps == 500:  # nothing is logged: not even the log tells the two trainings apart
+        with pytest.raises(ValueError, match="the learning rate of checkpoint-3, .* is not logged"):
+            find_checkpoints(str(tmp_path / "out"), say=said.append)
+    else:
+        assert {ref.learning_rate for ref in find_checkpoints(str(tmp_path / "out"), say=said.append)} == {1.0}
+    assert len(said) == 4
+    assert all(line.startswith(f"{RECORD} in ") and "is of another training than the record" in line for line in said)
+
+
+def test_a_record_counts_where_the_checkpoint_was_copied_without_what_the_trainer_wrote(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    callback = WritesRates()
+    train(trainer(tmp_path, tokenizer_folder, callback))
+    shutil.copytree(tmp_path / "out/checkpoint-6", tmp_path / "copied")
+    (tmp_path / "copied/training_args.bin").unlink()
+    (tmp_path / "copied/trainer_state.json").unlink()
+    [found] = find_checkpoints(str(tmp_path / "copied"))
+    assert (found.learning_rate, found.how) == (callback.used[5], "recorded")
 
 
 def two_rates(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, None]:

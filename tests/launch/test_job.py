@@ -3,11 +3,12 @@ from pathlib import Path
 import pytest
 
 from actors.run_stage import StageStopped
-from launch import job
+from launch import stage_records
 from launch.config import make_config
-from launch.job import LeasedJournal, score
+from launch.job import score
 from launch.run import Run
 from launch.score import query_command
+from launch.stage_records import LeasedJournal
 from storage.gradients import StoreMismatch
 from storage.journal import Journal, LeaseLost
 from storage.locations import Location
@@ -75,7 +76,7 @@ def test_blocks_go_once_the_index_stands(settings: Settings, monkeypatch: pytest
     config = make_config(settings(gradients=HEAD | {"store": False}))
     run = Location(config.run.uri)
     with monkeypatch.context() as patch:
-        patch.setattr(job, "build_index", lambda _: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(stage_records, "build_index", lambda _: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             score(config, lambda _: None)
     assert len(run.list("scores/scores/blocks")) == 9

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def logged(inputs: Path, folder: Path, losses: dict[int, dict[str, float]]) -> s
     for state in folder.glob("*/trainer_state.json"):
         state.write_text(json.dumps({"global_step": 0, "log_history": log}))
     return str(folder)
+
+
+def test_a_loss_of_the_kind_that_is_not_used_may_be_anything(inputs: Path, settings: Settings, tmp_path: Path) -> None:
+    losses = {10: {"loss": 2.0}, 20: {"loss": 1.0, "eval_loss": math.nan}, 30: {"loss": 0.5}}
+    folder = logged(inputs, tmp_path / "out", losses)
+    model, _ = model_spec(make_config(settings(checkpoints={"path": folder, "choose": 1})), quiet)
+    assert [v.loss for v in model.choice] == [2.0, 1.0, 0.5]
+    losses = {10: {"eval_loss": 2.0}, 20: {"eval_loss": math.nan}, 30: {"loss": 0.5, "eval_loss": 1.0}}
+    bad = logged(inputs, tmp_path / "bad", losses)
+    with pytest.raises(ValueError, match="the loss logged at step 20 is nan"):
+        model_spec(make_config(settings(checkpoints={"path": bad, "choose": 1})), quiet)
 
 
 def test_checkpoints_are_chosen_by_the_logged_loss_and_the_reasons_told(

@@ -1,6 +1,8 @@
 """Checkpoints as the Trainer leaves them: in order of step, with the learning rate each was trained at."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,32 @@ def test_the_fingerprint_is_of_weights_and_config_only(tmp_path: Path) -> None:
     assert fingerprint(a) != fingerprint(model(tmp_path / "d"))
     with pytest.raises(FileNotFoundError, match=r"holds no weights: looked for \*.safetensors"):
         fingerprint(tmp_path)
+
+
+def test_a_file_is_read_once_in_a_process_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, one, two = (model(tmp_path / name, weights=name.encode()) for name in ("base", "one", "two"))
+    opened: list[str] = []
+    plain = Path.open
+
+    def counted(path: Path, *args: Any, **settings: Any) -> Any:
+        opened.append(path.parent.name)
+        return plain(path, *args, **settings)
+
+    monkeypatch.setattr(Path, "open", counted)
+    first = [fingerprint(folder, base) for folder in (one, two)]
+    assert len(set(first)) == 2
+    assert opened.count("base") == 2  # its config and its weights, once for both
+    assert [fingerprint(folder, base) for folder in (one, two)] == first
+    assert len(opened) == 6
+    (base / "model.safetensors").write_bytes(b"BASE")
+    os.utime(base / "model.safetensors", ns=(1, 1))
+    changed = [fingerprint(folder, base) for folder in (one, two)]
+    assert set(changed).isdisjoint(first)
+    digest = hashlib.sha256()
+    for path in (one / "config.json", one / "model.safetensors"):
+        digest.update(json.dumps([path.name, path.stat().st_size]).encode() + path.read_bytes())
+    digest.update(fingerprint(base).encode())
+    assert changed[0] == digest.hexdigest()
 
 
 def test_on_s3(bucket: str, tmp_path: Path) -> None:

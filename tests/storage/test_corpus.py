@@ -2,7 +2,7 @@
 
 import itertools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,10 @@ import pytest
 
 from storage import segments as segments_module
 from storage.corpus import Corpus, ingest
+from storage.damage import mark_damaged
 from storage.locations import Location
+from storage.segments import SourceChanged
+from storage.verify import verify
 
 
 @pytest.fixture(autouse=True)
@@ -242,7 +245,7 @@ def test_a_finished_corpus_is_not_read_again(run: Location) -> None:
 def test_appending_adds_segments_and_keeps_ids(run: Location) -> None:
     ingest(run, "train", source(5), whole, segment_rows=3)
     before = Corpus.open(run, "train")
-    report = ingest(run, "train", source(4, start=5), whole, segment_rows=3, append=True)
+    report = ingest(run, "train", source(9), whole, segment_rows=3, grow=True)
     corpus = Corpus.open(run, "train")
     assert (report.examples, report.ingested) == (9, 4)
     assert corpus.segments[: len(before.segments)] == before.segments
@@ -252,15 +255,57 @@ def test_appending_adds_segments_and_keeps_ids(run: Location) -> None:
 
 def test_a_killed_append_resumes_and_leaves_the_old_corpus_readable(run: Location) -> None:
     def dying() -> Iterator[tuple[dict[str, Any], str]]:
-        yield from source(4, start=5)
+        yield from source(9)
         raise Killed
 
     ingest(run, "train", source(5), whole, segment_rows=3)
     with pytest.raises(Killed):
-        ingest(run, "train", dying(), whole, segment_rows=2, append=True)
+        ingest(run, "train", dying(), whole, segment_rows=2, grow=True)
     assert Corpus.open(run, "train").rows == 5
-    ingest(run, "train", source(6, start=5), whole, segment_rows=2)
+    ingest(run, "train", source(11), whole, segment_rows=2)
     assert [r["source_id"] for r in all_rows(Corpus.open(run, "train"))] == [f"s{i}" for i in range(11)]
+
+
+@pytest.mark.parametrize(
+    ("records", "part"),
+    [
+        (lambda: source(3), "5 records were ingested before, the source now has only 3"),
+        (
+            lambda: _with(3, {"text": "other"}),
+            "was made with text='word word word ' at file line 4, its source now has 'other'",
+        ),
+        (
+            lambda: itertools.islice(source(9), 1, None),
+            "was made with source_id='s0' at file line 2, its source now has 's1'",
+        ),
+    ],
+)
+def test_what_changed_before_its_end_does_not_grow(run: Location, records: Callable[[], Any], part: str) -> None:
+    ingest(run, "train", source(5), whole, segment_rows=3)
+    before = {key: run.read(key) for key in run.list()}
+    with pytest.raises(SourceChanged, match=part):
+        ingest(run, "train", records(), whole, segment_rows=3, grow=True)
+    assert {key: run.read(key) for key in run.list()} == before
+
+
+def _with(number: int, changed: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    for i, (record, place) in enumerate(source(9)):
+        yield (record | changed if i == number else record), place
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_damaged_rows_are_made_anew_from_the_source(run: Location, number: int) -> None:
+    ingest(run, "train", source(5), whole, segment_rows=3)
+    key, before = f"corpus/train/00000{number}.0/rows.parquet", all_rows(Corpus.open(run, "train"))
+    data = run.read(key)
+    run.replace(key, data[:-9])
+    mark_damaged(run, "ingest-train", f"00000{number}.0", ["cut"])
+    with pytest.raises(SourceChanged, match=f"segment 00000{number}.0 .* its source has changed since"):
+        ingest(run, "train", _with(3 * number, {"text": "other"}), whole, segment_rows=3)
+    ingest(run, "train", source(5), whole, segment_rows=3)
+    assert run.read(key) == data
+    assert plain(all_rows(Corpus.open(run, "train"))) == plain(before)
+    assert not verify(run).damages
 
 
 def test_the_fingerprint_is_a_chain_over_content(run: Location) -> None:
@@ -309,7 +354,7 @@ def test_a_later_record_that_does_not_fit_is_named(run: Location) -> None:
 def test_a_source_that_shrank_is_refused(run: Location) -> None:
     with pytest.raises(ValueError, match="line 10"):
         ingest(run, "train", iter([*source(9), ({"new": 1}, "line 10")]), lambda r: [{"x": 1}], segment_rows=8)
-    with pytest.raises(ValueError, match="8 records were ingested before, the source now has only 3"):
+    with pytest.raises(SourceChanged, match="8 records were ingested before, the source now has only 3"):
         ingest(run, "train", source(3), whole, segment_rows=8)
 
 
@@ -318,10 +363,10 @@ def test_damaged_rows_are_named(run: Location) -> None:
     key = "corpus/train/000000.0/rows.parquet"
     data = run.read(key)
     run.replace(key, data[:-20])
-    with pytest.raises(OSError, match=r"rows.parquet is damaged"):
+    with pytest.raises(OSError, match=r"rows.parquet does not open"):
         all_rows(Corpus.open(run, "train"))
     run.delete(key)
-    with pytest.raises(FileNotFoundError, match=r"rows.parquet"):
+    with pytest.raises(OSError, match=r"rows.parquet is missing"):
         all_rows(Corpus.open(run, "train"))
 
 

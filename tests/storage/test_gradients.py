@@ -144,7 +144,7 @@ def test_records_name_every_object(run: Location) -> None:
 
 def test_missing_rows_are_named_not_nan(run: Location) -> None:
     store = GradientStore.create(run, SETTINGS)
-    with pytest.raises(MissingRows, match=r"gradients/train/000/000000.0 is missing. Restore it"):
+    with pytest.raises(MissingRows, match=r"gradients/train/000/000000.0 is missing. Run launch"):
         store.read(*AT, 0, 1)
     store.prepare(*AT, ROWS, SHARD)
     store.write(*AT, 0, block(0, 4))

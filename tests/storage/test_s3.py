@@ -1,8 +1,12 @@
 """S3 as boto3 finds it; everything a location does is tested on it in test_locations.py."""
 
+from pathlib import Path
+from typing import Any
+
 import boto3
 import pytest
 
+from storage import local, s3
 from storage.locations import Location
 
 
@@ -45,3 +49,47 @@ def test_a_lost_response_to_our_own_put_is_no_conflict(bucket: str, monkeypatch:
     place = Location.parse(f"s3://{bucket}/run")
     place.create("a", b"mine")
     assert place.read("a") == b"mine"
+
+
+@pytest.mark.parametrize("server", ["bucket", pytest.param("real_bucket", marks=pytest.mark.cluster)])
+def test_a_fetch_that_was_cut_off_goes_on(
+    server: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Location.parse(f"s3://{request.getfixturevalue(server)}/model")
+    for key, size in {"a.bin": 1000, "b.bin": 20_000_000}.items():
+        source.create(key, (bytes(range(251)) * (size // 251 + 1))[:size])
+    read: list[int] = []
+    readinto = s3._Ranges.readinto
+
+    def cut(self: s3._Ranges, buffer: Any) -> int:
+        count = readinto(self, buffer)
+        read.append(count)
+        if sum(read) > 12_000_000:
+            raise ConnectionResetError("cut")
+        return count
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionResetError):
+        patch.setattr(s3._Ranges, "readinto", cut)
+        source.fetch(tmp_path)
+    assert next(p.name for p in tmp_path.iterdir() if p.is_dir()).endswith(local.PARTIAL), (
+        "no part stands for the whole"
+    )
+    left = next(tmp_path.rglob(f"b.bin{local.PARTIAL}")).stat().st_size
+    again: list[int] = []
+    monkeypatch.setattr(s3._Ranges, "readinto", lambda self, b: again.append(n := readinto(self, b)) or n)
+    folder = source.fetch(tmp_path)
+    assert 0 < left == 20_000_000 - sum(again)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        k: source.read(k) for k in ("a.bin", "b.bin")
+    }
+
+
+def test_a_fetch_that_arrives_altered_is_refused_and_made_anew(bucket: str, tmp_path: Path) -> None:
+    source = Location.parse(f"s3://{bucket}/model")
+    source.create("a.bin", b"0123456789")
+    folder = source.fetch(tmp_path)
+    part = folder.rename(f"{folder}{local.PARTIAL}") / "a.bin"
+    part.rename(f"{part}{local.PARTIAL}").write_bytes(b"0x23")
+    with pytest.raises(OSError, match=r"a\.bin did not arrive whole \(10 of 10 bytes, MD5"):
+        source.fetch(tmp_path)
+    assert (source.fetch(tmp_path) / "a.bin").read_bytes() == b"0123456789"

@@ -1,0 +1,57 @@
+"""Units of curvature: the sum of products over one reduction block, and one repetition of LiSSA.
+
+A product's partial travels back in its receipt and is added up by the driver (operator.py). A repetition runs wholly here,
+on the local operator, and is written down as every other unit's result.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+
+from actors.context import WorkerContext
+from actors.leftovers import put
+from actors.specs import CurvatureSpec
+from actors.states import gradients_key, read_state
+from actors.units import Receipt, Unit
+from engine.solvers import finish
+from engine.stochastic_solvers import Lissa, lissa_batches, lissa_repetition
+from storage.gradients import DONE
+
+
+def curvature_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
+    """Send back Σ curvature × block, float64 (size, k): over a reduction block, or over the ids of the payload."""
+    held = context.curvature(settings["model"], settings["gradients"], settings["curvature"])
+    block, at = torch.tensor(settings["block"]), unit.payload
+    if "ids" in at:
+        total = held.batch_total(np.array(at["ids"], dtype=np.int64), block)
+        return Receipt(unit.key, rows=len(at["ids"]), value=total.numpy())
+    ids = np.array(settings["ids"][at["first"] : at["last"]])
+    return Receipt(unit.key, rows=len(ids), value=held.total(ids, block).numpy())
+
+
+def lissa_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
+    """Write x of one repetition for one block of queries, float64 (size, k)."""
+    spec: CurvatureSpec = settings["curvature"]
+    lissa: Lissa = settings["lissa"]
+    at = unit.payload
+    held = context.curvature(settings["model"], settings["gradients"], spec)
+    ids, repetition = torch.tensor(settings["ids"]), at["repetition"]
+    drawn = np.unique(lissa_batches(ids, lissa, repetition).numpy())
+    operator = held.local(drawn, settings["l2"])
+    queries = read_state(context.run, gradients_key(settings["label"], spec.checkpoint)).arrays
+    b = held.curvature.coordinates.join({name: array[at["first"] : at["last"]] for name, array in queries.items()})
+    x = finish(lissa_repetition(operator, b.to(context.device), ids, lissa, repetition, settings["largest"]))
+    written = put(context, settings, unit, at["key"], safetensors.numpy.save({"x": x.cpu().numpy()}))
+    return Receipt(unit.key, rows=len(drawn), bytes=written.size, objects=[asdict(written)])
+
+
+def gram_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
+    """Send back GᵀG of one shard's stored rows and, behind it, how many there are: float64 [D² + 1]."""
+    spec: CurvatureSpec = settings["curvature"]
+    rows = context.stored_rows(spec.home, spec.corpus, spec.checkpoint, unit.payload)
+    good = rows.state == DONE
+    block = np.concatenate([rows.rows[name][good] for name in settings["arrays"]], 1).astype(np.float64)
+    return Receipt(unit.key, rows=len(good), value=np.append(block.T @ block, float(good.sum())))

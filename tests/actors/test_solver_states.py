@@ -1,0 +1,70 @@
+"""Saved states: once a minute, two of them, the same bits back, and never those of another solve."""
+
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.solver_states import SolverStates
+from engine.solvers import CgState, ExactState, PowerState
+from storage.locations import Location
+
+
+def cg_state(iteration: int) -> CgState:
+    draw = torch.randn(4, 2, generator=torch.Generator().manual_seed(iteration)).double()
+    return CgState(iteration, draw, draw, -draw, draw.square().sum(0), draw)  # tensors shared, as in the first state
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Location:
+    return Location.parse(str(tmp_path))
+
+
+def same(a: object, b: object) -> bool:
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else type(x) is type(y) and x == y
+        for x, y in zip(astuple(a), astuple(b), strict=True)  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.parametrize(
+    "state", [cg_state(3), PowerState(2, torch.rand(4, 1).double(), 1 / 3, True), ExactState(torch.zeros(4, 0))]
+)
+def test_every_minute_and_two_kept(run: Location, state: object) -> None:
+    now = [0.0]
+    states = SolverStates(run, "solve-x", clock=lambda: now[0])
+    see = states.saver("block-000000")
+    for seconds in (0.0, 59.0, 60.0, 61.0, 120.0, 180.0, 240.0):
+        now[0] = seconds
+        see(state)
+    assert run.list("journal/solve-x") == ["journal/solve-x/solver.2", "journal/solve-x/solver.3"]
+    found = SolverStates(run, "solve-x").latest("block-000000", type(state))
+    assert same(found, state)
+    states.clear()
+    assert not run.list("journal/solve-x")
+
+
+def test_another_solve_has_none_and_the_last_counts(run: Location) -> None:
+    now = [0.0]
+    states = SolverStates(run, "solve-x", clock=lambda: now[0])
+    for iteration in range(3):
+        now[0] += 60
+        states.saver("block-000000")(cg_state(iteration))
+    assert states.latest("block-000016", CgState) is None
+    assert same(states.latest("block-000000", CgState), cg_state(2))
+    now[0] += 60
+    states.saver("block-000016")(cg_state(7))
+    assert same(states.latest("block-000016", CgState), cg_state(7))
+
+
+def test_a_driver_that_lost_the_run_saves_nothing(run: Location) -> None:
+    def lost() -> None:
+        raise OSError("taken over")
+
+    now = [0.0]
+    states = SolverStates(run, "solve-x", lost, clock=lambda: now[0])
+    now[0] = 60.0
+    with pytest.raises(OSError, match="taken over"):
+        states.saver("block-000000")(cg_state(0))
+    assert not run.list("journal/solve-x")

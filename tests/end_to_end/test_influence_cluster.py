@@ -1,0 +1,97 @@
+"""Influence and FastIF on Ray leave the bytes that the in-process pool leaves, whoever is killed in mid-solve."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.run import Run
+from tests.end_to_end import drivers
+from tests.end_to_end.answers import digests, events
+from tests.end_to_end.conftest import Settings, run_job, tiny_job
+from tests.end_to_end.drivers import Folder, gated_task, hold, holder, let_go
+from tests.end_to_end.gated import tally
+from tests.end_to_end.test_influence import ARTEFACTS, METHOD, WHOLE
+
+pytestmark = pytest.mark.cluster
+METHODS: dict[str, dict[str, Any]] = {
+    "cg": METHOD | {"tolerance": 1e-6},
+    "lissa": METHOD | {"solver": "lissa", "depth": 10},
+    "fastif": {"name": "fastif", "neighbours": 6, "recall_sample": 5, "depth": 10, "repetitions": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def expected(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """What the in-process pool leaves."""
+    found = {}
+    for name, method in METHODS.items():
+        run = tmp_path_factory.mktemp("expected") / "run"
+        found[name] = digests(run_job(tiny_job(inputs, run, gradients=WHOLE, method=method)), *ARTEFACTS)
+    return found
+
+
+@pytest.mark.parametrize(("name", "workers"), [("cg", 1), ("cg", 2), ("lissa", 2), ("fastif", 2)])
+def test_ray_workers_leave_the_same_bytes(
+    settings: Settings, expected: dict[str, dict[str, bytes]], local_ray: None, name: str, workers: int
+) -> None:
+    ray = {"backend": "ray", "workers": workers}
+    run = run_job(settings(gradients=WHOLE, method=METHODS[name], cluster=ray))
+    assert digests(run, *ARTEFACTS) == expected[name]
+
+
+@pytest.mark.parametrize("name", ["cg", "lissa"])
+def test_a_worker_killed_in_mid_solve_changes_nothing(
+    settings: Settings, inputs: Path, tmp_path: Path, expected: dict[str, dict[str, bytes]], local_ray: None, name: str
+) -> None:
+    gate = tmp_path / "gate"
+    ray = {"backend": "ray", "workers": 2}
+    config = settings(task=gated_task(inputs, gate), gradients=WHOLE, method=METHODS[name], cluster=ray)
+    hold(gate, row=20, times=5)  # in the middle of λ_max
+
+    def kill() -> None:
+        os.kill(holder(gate), signal.SIGKILL)
+        let_go(gate)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    run = run_job(config)
+    killer.join()
+    assert digests(run, *ARTEFACTS) == expected[name]
+    lost = [event for event in events(run) if event["kind"] == "lost"]
+    assert [event["stage"] for event in lost] == ["curvature"]
+
+
+def test_a_driver_killed_in_mid_solve_goes_on_from_its_saved_state(
+    inputs: Path, tmp_path: Path, expected: dict[str, dict[str, bytes]]
+) -> None:
+    folder = Folder.make(tmp_path, inputs)
+    job = yaml.safe_load((tmp_path / "job.yaml").read_text())
+    job |= {"gradients": job["gradients"] | WHOLE, "method": METHODS["cg"]}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    with (tmp_path / "config.py").open("a") as file:  # the task's module, which the driver imports too
+        file.write("\n\nfrom actors import solver_states\n\nsolver_states.SECONDS = 0.0  # every state is saved\n")
+    hold(folder.gate, row=20, times=15)
+    first = folder.start()
+    first.reaches(folder.gate)
+    drivers.wait_until(lambda: list(folder.run.glob("journal/solve-scores/solver.*")), "a saved state")
+    first.process.kill()
+    assert first.ends()[0] == -signal.SIGKILL
+    assert len(list(folder.run.glob("journal/solve-scores/solver.*[0-9]"))) in (2, 3)  # killed between write and delete
+    begun = products(folder.gate)
+    let_go(folder.gate)
+
+    status, said = folder.start().ends()
+    assert status == 0, said
+    assert digests(Run.open(str(folder.run)), *ARTEFACTS) == expected["cg"]
+    assert not list(folder.run.glob("journal/solve-scores/solver.*"))
+    assert begun > 15
+
+
+def products(gate: Path) -> int:
+    """Return how often one row was computed."""
+    return sum(20 in ids for _, _, _, ids in tally(gate))
