@@ -6,6 +6,7 @@ carries a checksum. Row vectors have plain chunks of the same rows.
 """
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from storage.locations import Location
 
 INNER_COLUMNS = 256
 COMPRESSIONS = ("none", "blosc-lz4")
+_ENCODING = threading.Lock()
 
 
 class MissingRows(OSError):  # noqa: N818
@@ -68,7 +70,8 @@ def encode_shard(metadata: dict[str, bytes], values: dict[str, np.ndarray], star
     """Return the objects that hold `values` from row `start` on, by key below the group, in the order of `values`."""
     memory = MemoryStore({key: cpu.Buffer.from_bytes(data) for key, data in metadata.items()})
     objects: dict[str, bytes] = {}
-    with zarr.config.set({"array.write_empty_chunks": True}):  # an array takes it up when it is opened
+    # an array takes the setting up when it is opened; it is the process's, so one shard at a time
+    with _ENCODING, zarr.config.set({"array.write_empty_chunks": True}):
         for name, array in values.items():
             open_array(memory, name)[start : start + len(array)] = array
     for name in values:

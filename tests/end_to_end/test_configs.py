@@ -33,6 +33,7 @@ def test_it_runs(path: Path, small_base: Path, tmp_path: Path) -> None:
         f"run.uri={tmp_path / 'run'}", f"checkpoints.path={tmp_path / 'model'}", f"corpus.path={corpus}",
         "corpus.limit=40", "queries.limit=3", "train.epochs=1", "cluster.backend=in-process", "output.top_k=5",
         *([f"train.base={small_base}"] if text else []),
+        *(["method.depth=20", "method.repetitions=2"] if path.stem == "fastif" else []),
     ]  # fmt: skip
     config = load_config(str(path), overrides)
     train_model(config, lambda _: None)
