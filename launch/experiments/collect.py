@@ -342,7 +342,7 @@ def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]
 
 
 def _gate(name: str, values: np.ndarray, asked: float | None) -> Gate:
-    return Gate(name, float(np.median(values)), bootstrap_interval(values, statistic=np.median), asked)
+    return Gate(name, float(np.median(values)), bootstrap_interval(values, statistic=np.median), asked, timed=True)
 
 
 EXPERIMENT = Experiment(

@@ -20,12 +20,14 @@ class Gate:
     threshold: float | None = None
     at_least: bool = True
     paper: float | None = None
+    timed: bool = False  # a timing: it fails only if its whole interval lies on the wrong side
 
     def record(self) -> dict[str, Any]:
         """Return the gate as `--json` prints it; `pass` is None where nothing is asked."""
         passed = None
         if self.threshold is not None:
-            passed = self.value >= self.threshold if self.at_least else self.value <= self.threshold
+            low, high = self.ci if self.timed and self.ci else (self.value, self.value)
+            passed = high >= self.threshold if self.at_least else low <= self.threshold
         return {**asdict(self), "pass": passed}
 
 

@@ -137,3 +137,12 @@ def test_registry_gate_passes_only_on_the_asked_side() -> None:
     assert registry.Gate("x", 0.8, threshold=0.8, at_least=False).record()["pass"] is True
     assert registry.Gate("x", 0.81, threshold=0.8, at_least=False).record()["pass"] is False
     assert registry.Gate("x", 0.8).record()["pass"] is None
+
+
+@pytest.mark.parametrize(("interval", "at_least", "passed"), [
+    ((0.85, 0.91), True, True), ((0.85, 0.89), True, False), ((0.89, 0.95), False, True), ((0.91, 0.95), False, False),
+])  # fmt: skip
+def test_a_timing_fails_only_if_its_whole_interval_does(interval, at_least, passed) -> None:
+    middle = sum(interval) / 2
+    assert Gate("t", middle, interval, 0.9, at_least, timed=True).record()["pass"] is passed
+    assert Gate("t", middle, interval, 0.9, at_least).record()["pass"] is ((middle >= 0.9) == at_least)
