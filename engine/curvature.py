@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only  # knows transformers' outputs
 
 from engine.batches import Batch
 from engine.coordinates import Coordinates
+from engine.forward_mode import LossModule
 from engine.gradient_batch import check_losses
 from engine.prefix import Prefix, Recording, recorded_bytes
 
@@ -144,7 +145,7 @@ class LocalOperator:
 def losses_at(model: nn.Module, loss: Loss, coordinates: Coordinates, weights: list[Tensor], batch: Batch) -> Tensor:
     """Return [B]: the loss with these tensors in the place of the chosen weights; the model is left as it is."""
     named = {f"model.{w.name}": tensor for w, tensor in zip(coordinates.weights, weights, strict=True)}
-    losses = functional_call(_LossModule(model, loss), named, (batch,))
+    losses = functional_call(LossModule(model, loss), named, (batch,))
     check_losses(losses, len(batch))
     return losses
 
@@ -279,14 +280,3 @@ def _padding_held(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _LossModule(nn.Module):
-    """A loss as a module, so that functional_call can put other weights into the model it calls."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model, self._loss = model, loss
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._loss(self.model, batch)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import functional_call
 
+from engine import forward_mode
 from engine.batches import Batch
 from engine.parameters import Parameter
 from engine.projection import Projection, RowLayout, dense_matrix, side_matrix
@@ -68,24 +68,13 @@ def tangents(model: nn.Module, parameters: list[Parameter], direction: dict[str,
     return found
 
 
-class _Losses(nn.Module):
-    """A model with its token losses as forward: what `functional_call` can give other weights."""
-
-    def __init__(self, model: nn.Module, losses: TokenLosses) -> None:
-        super().__init__()
-        self.model, self.losses = model, losses
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.losses(self.model, batch)
-
-
 def token_derivatives(losses: TokenLosses, model: nn.Module, batch: Batch, along: dict[str, Tensor]) -> Tensor:
     """Return [B, T] float64: the derivative of every token's loss along the tangents. Cost: about three forward passes.
 
     Attention runs unfused: fused kernels have no forward-mode derivative. Raises ValueError for a model with another
     operation that has none.
     """
-    whole = _Losses(model, losses)
+    whole = forward_mode.LossModule(model, losses)
     weights = {name: weight.detach() for name, weight in whole.named_parameters(remove_duplicate=False)}
     directions = {f"model.{name}": direction for name, direction in along.items()}
     points = {name: weights[name] for name in directions}
@@ -93,11 +82,4 @@ def token_derivatives(losses: TokenLosses, model: nn.Module, batch: Batch, along
     def at(weights: dict[str, Tensor]) -> Tensor:
         return functional_call(whole, weights, (batch,), tie_weights=False)
 
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            return jvp(at, (points,), (directions,))[1].double()
-    except NotImplementedError as error:
-        what = str(error).splitlines()[0]
-        raise ValueError(
-            f"this model has no token scores: torch has no forward-mode derivative of it ({what})"
-        ) from error
+    return forward_mode.along(at, points, directions, "this model has no token scores")[1].double()

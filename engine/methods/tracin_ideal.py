@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import functional_call
 
 from engine.batches import Batch
+from engine.forward_mode import LossModule, Named, along
 from engine.training import TrainSettings, train
-
-_Named = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,17 +26,6 @@ class StepEffect:
     fall: Tensor  # [Q] ℓ(w_t, z′) − ℓ(w_{t+1}, z′); the falls of all steps add up to ℓ(w_0, z′) − ℓ(w_T, z′)
     first_order: Tensor  # [Q] (w_t − w_{t+1})·∇ℓ(w_t, z′): under SGD η g·∇ℓ(w_t, z′), g the mean gradient of the batch.
     # Statistics of a batch norm are part of the state that `fall` compares; first order follows the weights alone.
-
-
-class _Losses(nn.Module):
-    """A loss as a module, so that it can be called with other weights than the model's own."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor]) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.loss(self.model, batch)
 
 
 def every_step(
@@ -55,7 +42,7 @@ def every_step(
     forward passes of the queries, one of them with a directional derivative (no fused attention). Raises ValueError for
     a model with an operation that has none.
     """
-    losses = _Losses(model, loss)
+    losses = LossModule(model, loss)
     before = _state(losses)
     for _ in train(model, loss, collate, rows, settings):
         model.eval()
@@ -64,27 +51,19 @@ def every_step(
         before = after
 
 
-def _state(losses: nn.Module) -> tuple[_Named, _Named]:
+def _state(losses: nn.Module) -> tuple[Named, Named]:
     """Return copies of the weights and of the buffers, such as a batch norm's statistics, which training moves too."""
     weights = {name: weight.detach().clone() for name, weight in losses.named_parameters()}
     return weights, {name: buffer.detach().clone() for name, buffer in losses.named_buffers()}
 
 
-def _effect(
-    losses: nn.Module, queries: Batch, before: tuple[_Named, _Named], after: tuple[_Named, _Named]
-) -> StepEffect:
+def _effect(losses: nn.Module, queries: Batch, before: tuple[Named, Named], after: tuple[Named, Named]) -> StepEffect:
     weights, buffers = before
 
-    def at(weights: _Named) -> Tensor:
+    def at(weights: Named) -> Tensor:
         return functional_call(losses, (weights, buffers), (queries,))
 
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
-            step = {name: weights[name] - after[0][name] for name in weights}
-            start, first_order = jvp(at, (weights,), (step,))[:2]
-            return StepEffect(start - functional_call(losses, after, (queries,)), first_order)
-    except NotImplementedError as error:
-        what = str(error).splitlines()[0]
-        raise ValueError(
-            f"TracInIdeal cannot follow this model: torch has no forward-mode derivative of it ({what})"
-        ) from error
+    step = {name: weights[name] - after[0][name] for name in weights}
+    start, first_order = along(at, weights, step, "TracInIdeal cannot follow this model")
+    with torch.no_grad():
+        return StepEffect(start - functional_call(losses, after, (queries,)), first_order)

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actors.overview import RunWatch, health
 from engine.methods.contract import load_method
 from launch.service.asking import Answerer
 from launch.service.errors import NotFound, NotOnline, NotReady
 from launch.service.holdings import Holdings
 from launch.service.media import plain_record, png_of
-from launch.service.progress import RunProgress, health
 from launch.service.scores import NUMBERS, FinishedScores
 from storage.index import SIDES
 from storage.locations import Location
@@ -64,7 +64,7 @@ class RunView:
         self.name, self.location = name, location
         self.held = Holdings(location, clock)
         self._answerers: dict[str, Answerer] = {}
-        self._progress = RunProgress(location, clock)
+        self._progress = RunWatch(location, clock)
 
     @property
     def uri(self) -> str:

@@ -143,6 +143,7 @@ class Stage(BaseModel):
     done: int
     units: int
     rows: int
+    damaged: int  # units to be made anew
 
 
 class Progress(BaseModel):

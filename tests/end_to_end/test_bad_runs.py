@@ -221,7 +221,7 @@ def test_a_full_disk_stops_with_one_message_and_the_job_resumes(
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a tiny disk needs root")
-def test_a_disk_of_two_megabytes(settings: Settings, told: Told, tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small(settings: Settings, told: Told, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import token_scores
+from engine import forward_mode, token_scores
 from engine.batches import Batch
 from engine.gradients import PerExampleGradients
 from engine.parameters import Parameter, select_parameters
@@ -153,6 +153,14 @@ def test_an_operation_without_a_forward_derivative_is_told(tokenizer_folder: Pat
     parameters = select_parameters(model, ["*"])
     along = tangents(model, parameters, {p.name: torch.ones(p.out_features, max(1, p.in_features)) for p in parameters})
     assert torch.isfinite(token_derivatives(task.token_losses, model, batch, along)).all()
-    monkeypatch.setattr(token_scores, "sdpa_kernel", lambda _: nullcontext())  # fused attention
+    monkeypatch.setattr(forward_mode, "sdpa_kernel", lambda _: nullcontext())  # fused attention
     with pytest.raises(ValueError, match="no token scores: torch has no forward-mode derivative of it .*forward AD"):
         token_derivatives(task.token_losses, model, batch, along)
+
+
+def test_what_the_model_itself_does_not_implement_passes_as_it_is() -> None:
+    def unfinished(point: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError("rotary positions come later")
+
+    with pytest.raises(NotImplementedError, match="rotary positions come later"):
+        forward_mode.along(unfinished, {"w": torch.ones(1)}, {"w": torch.ones(1)}, "no")

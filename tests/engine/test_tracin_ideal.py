@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine import forward_mode
 from engine.batches import Batch
 from engine.counters import derive_key, permutation
-from engine.methods import tracin_ideal
 from engine.methods.tracin import TracIn
 from engine.methods.tracin_ideal import StepEffect, every_step
 from engine.training import TrainSettings
@@ -139,7 +139,7 @@ def test_wrong_rates_signs_and_steps_are_caught(caught) -> None:
         assert torch.allclose(falls, torch.stack([fall for _, fall, _ in truth]), rtol=1e-9, atol=1e-13)
         assert torch.allclose(found, first, rtol=1e-9, atol=1e-13)
 
-    real = tracin_ideal.jvp
+    real = forward_mode.jvp
     rates = iter(rate for _, rate in visits(SETTINGS, len(TRAIN)))
 
     def scaled(by: Callable[[], float]) -> Callable:
@@ -159,10 +159,10 @@ def test_wrong_rates_signs_and_steps_are_caught(caught) -> None:
         after = {name: at[0][name] - along[0][name] for name in at[0]}
         return losses, 2 * (losses - function(after)) - products
 
-    caught(compare, tracin_ideal, "jvp", scaled(lambda: -1.0))
-    caught(compare, tracin_ideal, "jvp", scaled(lambda: 1 / next(rates)))
-    caught(compare, tracin_ideal, "jvp", next_steps)
-    caught(compare, tracin_ideal, "jvp", second_order)
+    caught(compare, forward_mode, "jvp", scaled(lambda: -1.0))
+    caught(compare, forward_mode, "jvp", scaled(lambda: 1 / next(rates)))
+    caught(compare, forward_mode, "jvp", next_steps)
+    caught(compare, forward_mode, "jvp", second_order)
 
 
 def test_visits_of_other_steps_and_rates_left_out_are_caught(caught) -> None:
@@ -222,7 +222,7 @@ def test_transformers_with_fused_attention_are_followed(attention: str) -> None:
 
 
 def test_an_operation_without_a_forward_derivative_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracin_ideal, "sdpa_kernel", lambda _: nullcontext())  # fused attention
+    monkeypatch.setattr(forward_mode, "sdpa_kernel", lambda _: nullcontext())  # fused attention
     model, batch = tiny_gpt2(attn_implementation="sdpa"), token_batch()
     with pytest.raises(ValueError, match="TracInIdeal cannot follow this model: torch has no forward-mode derivative"):
         list(every_step(model, token_loss, lambda rows: batch.take(rows), [0, 1], batch, SETTINGS))
