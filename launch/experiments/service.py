@@ -8,6 +8,7 @@ one of two Ray Serve replicas is killed under an open loop; what fails must have
 """
 
 import asyncio
+import itertools
 import os
 import socket
 import subprocess
@@ -103,42 +104,54 @@ async def read_rounds(url: str, config: dict[str, Any], process: psutil.Process)
                 times[name].append([one["ms"] for one in done if one["ok"]])
                 assert all(one["ok"] for one in done), f"{name}: {sum(not one['ok'] for one in done)} requests failed"
         saturated = await closed_loop(client, paths, config["connections"], config["seconds"])
+        assert all(one["ok"] for one in saturated), "requests failed at saturation"
         memory.append(process.memory_info().rss)
     rounded = {name: [[round(ms, 2) for ms in one] for one in rounds] for name, rounds in times.items()}
-    return {"ms": rounded, "saturation": saturated, "memory_mib": [round(one / 2**20) for one in memory]}
+    return {
+        "ms": rounded,
+        "saturation": len(saturated) / config["seconds"],
+        "memory_mib": [round(one / 2**20) for one in memory],
+    }
 
 
 async def open_loop(client: httpx2.AsyncClient, paths: list[str], rate: float, seconds: float) -> list[dict[str, Any]]:
-    """Send requests at a constant rate whatever happens to them; return when each was due, its milliseconds, its fate."""
+    """Send requests at a constant rate whatever happens to them, and return each as `ask` does."""
     start = time.perf_counter()
 
     async def one(number: int) -> dict[str, Any]:
         due = start + number / rate
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        sent = time.perf_counter()
-        try:
-            ok = (await client.get(paths[number % len(paths)])).is_success
-        except httpx2.HTTPError:
-            ok = False
-        done = time.perf_counter()
-        return {"sent": sent, "done": done, "ms": 1e3 * (done - due), "ok": ok}
+        return await ask(client, paths[number % len(paths)], due)
 
     return list(await asyncio.gather(*(one(number) for number in range(int(rate * seconds)))))
 
 
-async def closed_loop(client: httpx2.AsyncClient, paths: list[str], connections: int, seconds: float) -> float:
-    """Return requests/s of so many connections that each ask again as soon as they are answered."""
-    began, count = time.perf_counter(), 0
+async def closed_loop(
+    client: httpx2.AsyncClient, paths: list[str], connections: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Keep so many requests under way, each followed at once by another, and return each as `ask` does."""
+    end = time.perf_counter() + seconds
 
-    async def ask(first: int) -> None:
-        nonlocal count
-        number = first
-        while time.perf_counter() - began < seconds:
-            (await client.get(paths[number % len(paths)])).raise_for_status()
-            number, count = number + connections, count + 1
+    async def one(first: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        numbers = itertools.count(first, connections)
+        while time.perf_counter() < end:
+            number = next(numbers)
+            found.append(await ask(client, paths[number % len(paths)], time.perf_counter()))
+        return found
 
-    await asyncio.gather(*(ask(first) for first in range(connections)))
-    return count / (time.perf_counter() - began)
+    return [each for several in await asyncio.gather(*map(one, range(connections))) for each in several]
+
+
+async def ask(client: httpx2.AsyncClient, path: str, due: float) -> dict[str, Any]:
+    """Return when a request was sent and done, the milliseconds since it was due, and whether it was answered."""
+    sent = time.perf_counter()
+    try:
+        ok = (await client.get(path)).is_success
+    except httpx2.HTTPError:
+        ok = False
+    done = time.perf_counter()
+    return {"sent": sent, "done": done, "ms": 1e3 * (done - due), "ok": ok}
 
 
 def attribute(config: dict[str, Any]) -> dict[str, Any]:
@@ -170,25 +183,36 @@ def attributed_run(config: dict[str, Any], folder: Path) -> Path:
 
 
 def replica(config: dict[str, Any]) -> dict[str, Any]:
-    """Kill a replica under load; return how many requests were in flight then, and how many failed."""
+    """Kill one of two replicas under load, `kills` times; return what was in flight, and what failed, each time."""
     with serving(small_run(config["replica_run"]), "--ray", "--replicas", "2") as (url, _):
-        return asyncio.run(kill_one(url, config))
+        return {"kills": [asyncio.run(kill_one(url, config)) for _ in range(config["kills"])]}
 
 
 async def kill_one(url: str, config: dict[str, Any]) -> dict[str, Any]:
-    victims = [p for p in psutil.process_iter(["cmdline"]) if REPLICA in " ".join(p.info["cmdline"] or [])]
-    if len(victims) < 2:
-        raise ValueError(f"{len(victims)} replicas are there, 2 are needed")
+    """Kill a replica while so many connections ask without a pause; wait for two replicas first."""
+    victim = replicas(2)[0]
     paths = ["/v1/runs/reviews/queries/0/influences?scores=online"]
     async with connected(url) as client:
-        load = asyncio.create_task(open_loop(client, paths, config["rate"], 2 * config["seconds"]))
+        load = asyncio.create_task(closed_loop(client, paths, config["connections"], 2 * config["seconds"]))
         await asyncio.sleep(config["seconds"])
         killed = time.perf_counter()
-        victims[0].kill()
+        victim.kill()
         done = await load
     flying = [one for one in done if one["sent"] <= killed < one["done"]]
     failed = [one for one in done if not one["ok"]]
-    return {"requests": len(done), "in_flight": len(flying), "failed": len(failed)}
+    beyond = [one for one in failed if one not in flying]
+    return {"requests": len(done), "in_flight": len(flying), "failed": len(failed), "beyond": len(beyond)}
+
+
+def replicas(count: int) -> list[psutil.Process]:
+    """Return the replicas' processes, once there are so many."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        found = [p for p in psutil.process_iter(["cmdline"]) if REPLICA in " ".join(p.info["cmdline"] or [])]
+        if len(found) == count:
+            return found
+        time.sleep(0.5)
+    raise ValueError(f"{len(found)} replicas are there, {count} are needed")
 
 
 @contextmanager
@@ -243,16 +267,11 @@ def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]
         found.append(Gate("attribute p50 ms", float(np.median(times)), interval, P50_ATTRIBUTE_MS, at_least=False))
         found.append(Gate("attribute first ms (loads the models)", done["attribute"]["first_ms"]))
     if "replica" in done:
-        lost = done["replica"]
-        found.append(Gate("replica killed: requests in flight", lost["in_flight"]))
-        found.append(
-            Gate(
-                "replica killed: failed beyond those",
-                max(0, lost["failed"] - lost["in_flight"]),
-                threshold=0,
-                at_least=False,
-            )
-        )
+        kills = done["replica"]["kills"]
+        for what, key in (("kills", None), ("requests in flight", "in_flight"), ("failed", "failed")):
+            found.append(Gate(f"replica killed: {what}", sum(one[key] if key else 1 for one in kills)))
+        beyond = sum(one["beyond"] for one in kills)
+        found.append(Gate("replica killed: failed, not in flight", beyond, threshold=0, at_least=False))
     return found
 
 

@@ -1,16 +1,15 @@
 """A text that the run has never seen: what the model says of it, and the training examples behind that."""
 
-import asyncio
 from typing import Any
 
 from nicegui import ui
+from starlette.exceptions import HTTPException
 
 from launch.page.frame import Page, scored
 from launch.page.parts import Shown, box, card, choose_count, go, heading, notice, passage, say, sides, verdict
 from launch.service.catalog import NotOnline, NotReady
 
 LONGEST = 20_000  # characters
-ASKING = asyncio.Semaphore(1)  # questions wait here, not in the threads that serve everything else
 
 
 async def show(page: Page) -> None:
@@ -46,16 +45,24 @@ async def answer(page: Page, text: str, label: str | None, k: int) -> None:
         say("Reading the model and every stored gradient …")
     await ui.context.client.connected()
     try:
-        async with ASKING:
-            found = (await asyncio.to_thread(page.run.attribute, page.label, [text], [label] if label else None, k))[0]
-    except (ValueError, LookupError, NotOnline, NotReady) as error:
+        found = await page.service.compute(
+            lambda: page.run.attribute(page.label, [text], [label] if label else None, k)[0]
+        )
+    except (ValueError, LookupError, NotOnline, NotReady, HTTPException, TimeoutError) as error:
         place.clear()
         with place:
-            notice(str(error), "bad")
+            notice(refusal(error), "bad")
         return
     place.clear()
     with place:
         show_answer(page, text, found)
+
+
+def refusal(error: Exception) -> str:
+    """Return what to tell of a question that was not answered."""
+    if isinstance(error, TimeoutError):
+        return "The answer took too long: try again, or put the text into a query set and run launch/score.py."
+    return str(getattr(error, "detail", error))
 
 
 def show_answer(page: Page, text: str, found: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ from nicegui import ui
 
 from launch.page.parts import box, go, holds_image, link, notice, say
 from launch.page.state import State, address
-from launch.service.catalog import Catalog, RunView
+from launch.service.catalog import RunView
+from launch.service.work import Service
 
 VIEWS = {
     "queries": "Queries",
@@ -28,11 +29,16 @@ STYLE = Path(__file__).with_name("style.css")
 class Page:
     """What a view is given: the address, the run and the scores that it names."""
 
-    catalog: Catalog
+    service: Service
     state: State
     run: RunView
     scores: list[dict[str, Any]]  # all of the run
     meta: dict[str, Any] | None  # those chosen; None while the run has none
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of all runs."""
+        return self.service.catalog.names
 
     @property
     def label(self) -> str:
@@ -85,7 +91,7 @@ def choosers(page: Page) -> None:
     """Let the reader choose the run and the scores."""
     with box("div", "choosers"):
         run = ui.select(
-            page.catalog.names,
+            page.names,
             value=page.run.name,
             label="Run",
             on_change=lambda e: go(address(start(page), {"run": e.value})),

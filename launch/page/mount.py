@@ -17,6 +17,7 @@ from launch.page.parts import box, card, heading, notice
 from launch.page.selection import export, select
 from launch.page.state import State, address
 from launch.service.catalog import Catalog, NotReady
+from launch.service.work import Service
 
 MOUNTED = "/page"
 COOKIE = "influence_token"
@@ -43,17 +44,17 @@ SHOW: dict[str, Callable[[Page], Awaitable[None]]] = {
 Allowed = Callable[[str | None], bool]  # may this token, or none, read?
 
 
-def mount_page(app: FastAPI, catalog: Catalog, allowed: Allowed) -> None:
+def mount_page(app: FastAPI, service: Service, allowed: Allowed) -> None:
     """Serve the page under /page of an app that runs in one process. Once per process."""
     for view in SHOW:
         title = "Influence · " + VIEWS.get(view, view.capitalize())
-        ui.page(f"/{view}", title=title, response_timeout=60)(opened(view, catalog, allowed))
+        ui.page(f"/{view}", title=title, response_timeout=60)(opened(view, service, allowed))
     ui.page("/login", title="Influence · Log in")(login_page)
     pages = nicegui.app
     pages.get("/", include_in_schema=False)(lambda: RedirectResponse(f"{MOUNTED}/queries"))
     pages.post("/login")(log_in(allowed))
-    pages.get("/image")(image(catalog, allowed))
-    pages.get("/export")(exported(catalog, allowed))
+    pages.get("/image")(image(service.catalog, allowed))
+    pages.get("/export")(exported(service, allowed))
     pages.add_middleware(SafeHeaders)
     ui.run_with(
         app, mount_path=MOUNTED, favicon=ICON, dark=None, language="en-US", tailwind=False, show_welcome_message=False
@@ -77,14 +78,14 @@ class SafeHeaders:
         await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
 
 
-def opened(view: str, catalog: Catalog, allowed: Allowed) -> Callable[[Request], Awaitable[Response | None]]:
+def opened(view: str, service: Service, allowed: Allowed) -> Callable[[Request], Awaitable[Response | None]]:
     """Return the handler of one view: first the token, then an address that says everything, then the view."""
 
     async def page(request: Request) -> Response | None:
         state = State(view, dict(request.query_params))
         if not allowed(request.cookies.get(COOKIE)):
             return RedirectResponse(address("login", {"next": state.change()}))
-        found = await asyncio.to_thread(look_up, catalog, state)
+        found = await asyncio.to_thread(look_up, service, state)
         if found.state != state:
             return RedirectResponse(found.state.change())
         with framed(found):
@@ -98,14 +99,14 @@ def opened(view: str, catalog: Catalog, allowed: Allowed) -> Callable[[Request],
     return page
 
 
-def look_up(catalog: Catalog, state: State) -> Page:
+def look_up(service: Service, state: State) -> Page:
     """Return the run and the scores that the address names; what it leaves out or misnames becomes the first there is."""
-    name = state.values.get("run", "")
+    name, catalog = state.values.get("run", ""), service.catalog
     run = catalog.run(name if name in catalog.names else catalog.names[0])
     scores = run.scores()
     meta = next((s for s in scores if s["label"] == state.values.get("scores")), scores[0] if scores else None)
     named = {"run": run.name} | ({"scores": str(meta["label"])} if meta else {})
-    return Page(catalog, State(state.view, {**state.values, **named}), run, scores, meta)
+    return Page(service, State(state.view, {**state.values, **named}), run, scores, meta)
 
 
 def login_page(request: Request) -> None:
@@ -151,7 +152,7 @@ def image(catalog: Catalog, allowed: Allowed) -> Callable[..., Response]:
     return answer
 
 
-def exported(catalog: Catalog, allowed: Allowed) -> Callable[..., Response]:
+def exported(service: Service, allowed: Allowed) -> Callable[..., Response]:
     """Return the handler that gives out the list of examples kept or dropped."""
 
     def answer(request: Request, which: str = "kept", form: str = "csv") -> Response:
@@ -159,7 +160,7 @@ def exported(catalog: Catalog, allowed: Allowed) -> Callable[..., Response]:
             return PlainTextResponse("log in first", 401)
         if which not in ("kept", "dropped") or form not in ("csv", "jsonl"):
             return PlainTextResponse("which must be kept or dropped, form csv or jsonl", 422)
-        page = look_up(catalog, State("export", dict(request.query_params)))
+        page = look_up(service, State("export", dict(request.query_params)))
         if page.meta is None:
             return PlainTextResponse("the run has no scores yet", 404)
         lines: Iterator[str] = export(page.run, page.label, select(page.run, page.label, page.state), which, form)

@@ -42,10 +42,10 @@ async def show(page: Page) -> None:
 
     await look()
     ui.timer(1.0, look, immediate=False)
-    if len(page.catalog.names) > 1:
+    if len(page.names) > 1:
         heading("All runs")
         with box("ul", "list"):
-            for name in page.catalog.names:
+            for name in page.names:
                 with box("li"), link(address("progress", {"run": name}), "entry"):
                     say(name, "text")
 

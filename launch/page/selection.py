@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from launch.service.catalog import RunView
 
 STEP = 10_000  # rows read at a time
 COLUMNS = ("id", "source_id", "label", "self_influence", "total", "loss")
+FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]+$)")
 # order of the catalog -> what it means to drop from its beginning
 ORDERS = {
     "self_influence": "self-influence, largest first",
@@ -83,12 +85,17 @@ def export(run: RunView, label: str, selection: Selection, which: str, form: str
 
 
 def written(rows: Sequence[dict[str, Any]], form: str) -> Iterator[str]:
-    """Yield rows as lines."""
+    """Yield rows as lines. In csv a text that a spreadsheet would compute gets an apostrophe."""
     for row in rows:
         values = {name: row.get(name) for name in COLUMNS}
         if form == "jsonl":
             yield json.dumps(values, ensure_ascii=False) + "\n"
         else:
             line = io.StringIO()
-            csv.writer(line).writerow(values.values())
+            csv.writer(line).writerow(map(plain_cell, values.values()))
             yield line.getvalue()
+
+
+def plain_cell(value: Any) -> Any:
+    """Return a csv cell that no spreadsheet takes for a formula; numbers, as texts too, stay as they are."""
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value

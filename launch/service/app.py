@@ -80,7 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.page:
         from launch.page import mount_page  # the UI package is slow to import, and only needed here
 
-        mount_page(app, catalog, lambda token: tokens is None or bool(token and tokens.role(token)))
+        mount_page(app, service, lambda token: tokens is None or bool(token and tokens.role(token)))
         app.get("/", include_in_schema=False)(lambda: RedirectResponse("/page/queries"))
     _describe_problems(app)
     return app

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starlette.exceptions import HTTPException
 
 from launch.page import selection
+from launch.page.ask import refusal
 from launch.page.parts import number, text_of
-from launch.page.selection import export, select
+from launch.page.selection import export, plain_cell, select
 from launch.page.state import State, address
 from launch.page.words import marked, telling_words
 from launch.service.catalog import Page
@@ -113,3 +115,20 @@ def test_kept_and_dropped_are_everything_once_in_both_forms() -> None:
     assert (len(found["kept"]), len(found["dropped"])) == (24, 6)
     assert sorted(int(row["id"]) for rows in found.values() for row in rows) == list(range(30))
     assert all(row["label"] == '1,"x"' for row in found["kept"])
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [
+        ("=1+1", "'=1+1"), ("@SUM(A1)", "'@SUM(A1)"), ("-2+3", "'-2+3"), ("+cmd", "'+cmd"), ("\t=1", "'\t=1"),
+        ("-1", "-1"), ("+.5", "+.5"), ("a=1", "a=1"), ("", ""), (-1.5, -1.5), (None, None),
+    ],
+)  # fmt: skip
+def test_no_cell_of_an_export_is_a_formula(value: object, cell: object) -> None:
+    assert plain_cell(value) == cell
+
+
+def test_a_question_that_is_not_answered_says_why() -> None:
+    assert refusal(HTTPException(429, "4 questions are being computed: try later")).startswith("4 questions")
+    assert refusal(ValueError("label 7 is not known")) == "label 7 is not known"
+    assert "too long" in refusal(TimeoutError())
