@@ -80,10 +80,16 @@ def squared_norm(calls: list[tuple[Factor, Factor]]) -> Tensor:
     for i, (a, b) in enumerate(calls):
         for j, (c, d) in enumerate(calls[: i + 1]):
             if i == j:
-                total += (_wide(a.gram) * _wide(b.gram)).sum((1, 2)).double()
+                total += _products(a.gram, b.gram)
             else:
-                total += 2 * (_wide(gram(a, c)) * _wide(gram(b, d))).sum((1, 2)).double()
+                total += 2 * _products(gram(a, c), gram(b, d))
     return total
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return [B] float64: each example's products of both [T, S], added up."""
+    a, b = in_one_precision(a, b)
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).double()
 
 
 def side_by_side(factors: Sequence[Factor]) -> Factor:
@@ -91,8 +97,10 @@ def side_by_side(factors: Sequence[Factor]) -> Factor:
     return Factor(torch.cat([factor.values for factor in factors], 1), factors[0].one_hot)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def in_one_precision(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in the wider of their precisions, at least float32."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.to(dtype), b.to(dtype)
 
 
 def _cheaper_materialised(a: Factor, b: Factor, tokens: int) -> bool:

@@ -25,7 +25,8 @@ from engine.factors import Factor, squared_norm
 from engine.gradient_batch import GradientBatch, check_losses, joined
 from engine.norms import CHANNELS_SECOND, normalised
 from engine.parameters import Parameter, Use
-from engine.projectors import Projector, TwoSided
+from engine.projectors import Projector, Sums, TwoSided
+from engine.taps import at_tokens, tapped
 from engine.tasks.text import wide
 
 
@@ -67,7 +68,7 @@ class PerExampleGradients:
         self._batch_size = 0
         self._calls: dict[int, int] = {}
         self._pending: dict[int, list[_Call]] = {}
-        self._arrays: dict[str, Tensor] = {}
+        self._sums: Sums = {}
         self._squares: Tensor | None = None
         self._last: tuple[Tensor, int, Factor] | None = None
 
@@ -116,7 +117,7 @@ class PerExampleGradients:
 
     def _halved(self, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> GradientBatch:
         """Return the same from two batches of half the size: the device's memory does not hold this one."""
-        self._arrays, self._pending, self._squares = {}, {}, None
+        self._sums, self._pending, self._squares = {}, {}, None
         torch.cuda.empty_cache()
         middle = len(batch) // 2
         halves = [batch.take(list(part)) for part in (range(middle), range(middle, len(batch)))]
@@ -147,12 +148,14 @@ class PerExampleGradients:
     def _pass(self, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> GradientBatch:
         """Return what one forward and one backward pass over the batch give."""
         self._batch_size, self._calls, self._pending = len(batch), {}, {}
-        self._arrays, self._squares = {}, None
+        self._sums, self._squares = {}, None
         try:
             with torch.enable_grad(), _taking_gradients([w for _, w in self._fused]), vocabulary.taking(self):
                 losses = loss(self.model, batch)
                 check_losses(losses, len(batch))
-                self._start(losses)
+                like = self._like(losses)
+                if self.norms:
+                    self._squares = like.new_zeros(len(batch), len(self.parameters))
                 if losses.requires_grad:
                     losses.sum().backward()
                 elif len(batch) > 1:  # one example may pass by all of the chosen experts
@@ -164,16 +167,13 @@ class PerExampleGradients:
         for index in list(self._pending):
             self._square(index)  # a call whose output the loss does not use has sent nothing back
         norms = None if self._squares is None else self._squares.clamp(min=0).sqrt()
-        return GradientBatch(batch.ids, losses.detach().double(), self._arrays, norms)
+        arrays, self._sums = self.projector.arrays(self._sums, like), {}
+        return GradientBatch(batch.ids, losses.detach().double(), arrays, norms)
 
-    def _start(self, losses: Tensor) -> None:
-        wide = torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
-        self._arrays = {
-            name: torch.zeros(len(losses), width, dtype=wide, device=losses.device)
-            for name, width in self.projector.layout.arrays.items()
-        }
-        if self.norms:
-            self._squares = torch.zeros(len(losses), len(self.parameters), dtype=wide, device=losses.device)
+    def _like(self, losses: Tensor) -> Tensor:
+        """Return a tensor of as many rows in the precision of what is kept: float32, or the model's float64."""
+        double = next(self.model.parameters()).dtype == torch.float64
+        return losses.new_empty(len(losses), dtype=torch.float64 if double else torch.float32)
 
     def _forward(
         self, name: str, uses: list[tuple[int, Use]], module: nn.Module, args: tuple, kwargs: dict, output: Tensor
@@ -183,18 +183,13 @@ class PerExampleGradients:
             return output
         output = self._per_example(name, output)
         inner = self._per_example(name, routed.first_input(args, kwargs))
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
-        elif output._is_view():
-            # an in-place activation after it would take a view's hook off the graph: the same numbers, not as a view
-            output = torch.ops.aten._unsafe_view(output, output.shape)
         for index, _ in uses:
             self._calls[index] = self._calls.get(index, 0) + 1
         with torch.no_grad():
             kept = [(index, use, self._input(index, use, module, inner)) for index, use in uses]
         versions = [_tensor(held)._version for _, _, held in kept]
-        output.register_hook(partial(self._backward, name, module, kept, versions))
-        return output.clone() if output.is_leaf else output  # a later in-place operation may not touch a leaf
+        take = partial(self._backward, name, module, kept, versions)
+        return tapped(module, inner, output, self._batch_size, take)
 
     def _input(self, index: int, use: Use, module: nn.Module, inner: Tensor) -> Factor | Tensor:
         """Return what the backward hook needs of the module's input: exact norms need all of it, rows the projection."""
@@ -223,7 +218,8 @@ class PerExampleGradients:
         return self.projector.reduce_input(self.parameters[index], whole)
 
     def _backward(
-        self, name: str, module: nn.Module, kept: list[tuple[int, Use, Factor | Tensor]], versions: list[int], delta: Tensor
+        self, name: str, module: nn.Module, kept: list[tuple[int, Use, Factor | Tensor]], versions: list[int],
+        delta: Tensor, tokens: Tensor | None,
     ) -> None:  # fmt: skip
         """Multiply the two factors of every use into the rows, and into the squared norms."""
         if versions != [_tensor(held)._version for _, _, held in kept]:
@@ -232,17 +228,18 @@ class PerExampleGradients:
                 f"the input of module {name} was changed in place after the module had read it, so its gradient cannot "
                 f"be taken. Use the operation that is not in place, or leave it out of gradients.modules."
             )
-        with torch.no_grad():
-            for index, use, held in kept:
-                if use.role in ("bias", "scale"):
-                    gradient = _vector_gradient(use.role, module, held, delta)
-                    self._vector(index, gradient.reshape(self._batch_size, -1, gradient.shape[-1]).sum(1))
-                else:
-                    call = _matrix_factors(index, use, module, held, delta)
-                    self._matrix(index, _Call(index, self._folded(call.output), self._folded(call.input)))
+        for index, use, held in kept:
+            if use.role in ("bias", "scale"):
+                gradient = _vector_gradient(use.role, module, held, delta)
+                self._vector(index, gradient.reshape(self._batch_size, -1, gradient.shape[-1]).sum(1))
+            else:
+                if tokens is not None:
+                    held = Factor(at_tokens(_tensor(held), tokens))
+                call = _matrix_factors(index, use, module, held, delta)
+                self._matrix(index, _Call(index, self._folded(call.output), self._folded(call.input)))
 
     def _vector(self, index: int, gradient: Tensor) -> None:
-        self.projector.add_vector(self._arrays, self.parameters[index], gradient)
+        self.projector.add_vector(self._sums, self.parameters[index], gradient)
         if self._squares is not None:
             if self._calls[index] > 1:
                 self._pool(
@@ -252,7 +249,7 @@ class PerExampleGradients:
                 self._squares[:, index] = gradient.to(self._squares.dtype).square().sum(1)
 
     def _matrix(self, index: int, call: _Call) -> None:
-        self.projector.add_matrix(self._arrays, self.parameters[index], call.output, call.input)
+        self.projector.add_matrix(self._sums, self.parameters[index], call.output, call.input)
         if self._squares is not None:
             self._pool(index, call)
 
@@ -283,13 +280,13 @@ class PerExampleGradients:
         projected, products = reduced
         ((index, _),) = self._uses[head]
         inner = Factor(hidden)
-        self.projector.add_matrix(self._arrays, self.parameters[index], Factor(projected), inner)
+        self.projector.add_matrix(self._sums, self.parameters[index], Factor(projected), inner)
         if self._squares is not None:
             self._squares[:, index] = (wide(products) * wide(inner.gram)).sum((1, 2))
 
     def _folded(self, factor: Factor) -> Factor:
         """Return the factor with all rows as tokens of the one example, if it is run alone."""
-        if len(factor.values) == self._batch_size:
+        if factor.values.shape[0] == self._batch_size:
             return factor
         return Factor(factor.values.flatten(0, 1).unsqueeze(0), factor.one_hot)
 
@@ -299,10 +296,10 @@ class PerExampleGradients:
         parameter = self.parameters[index]
         gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
         if parameter.is_vector:
-            self.projector.add_vector(self._arrays, parameter, gradient.unsqueeze(0))
+            self.projector.add_vector(self._sums, parameter, gradient.unsqueeze(0))
         else:
             rows = gradient.reshape(1, parameter.out_features, parameter.in_features)
-            self.projector.add_matrix(self._arrays, parameter, *convolution.whole_factors(rows))
+            self.projector.add_matrix(self._sums, parameter, *convolution.whole_factors(rows))
         if self._squares is not None:
             self._squares[:, index] = gradient.to(self._squares.dtype).square().sum()
 
@@ -363,7 +360,7 @@ def _matrix_factors(index: int, use: Use, module: nn.Module, held: Factor | Tens
     if isinstance(module, convolution.CONVOLUTIONS):
         return _Call(index, *convolution.factors(module, held, delta))
     assert isinstance(held, Factor)
-    delta = delta.reshape(len(held.values), -1, delta.shape[-1])
+    delta = delta.reshape(held.values.shape[0], -1, delta.shape[-1])
     if use.role in ("linear", "conv1d"):
         return _Call(index, Factor(delta), held)
     if module.padding_idx is not None:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.factors import Factor, gradient_vector
+from engine.factors import Factor, gradient_vector, in_one_precision
 from engine.parameters import Parameter
 from engine.projection import (
     Projection,
@@ -21,6 +21,7 @@ from engine.projection import (
     unprojected_layout,
 )
 
+Sums = dict[str, Tensor]
 _MATERIALISED = 1 << 25  # numbers of full gradients held at a time
 
 
@@ -30,8 +31,11 @@ class Projector(Protocol):
     layout: RowLayout
 
     def reduce_input(self, parameter: Parameter, b: Factor) -> Factor: ...  # all that add_matrix needs of an input
-    def add_matrix(self, arrays: dict[str, Tensor], parameter: Parameter, a: Factor, b: Factor) -> None: ...
-    def add_vector(self, arrays: dict[str, Tensor], parameter: Parameter, gradient: Tensor) -> None: ...
+
+    # sums, empty at first: [B, columns] by parameter, or by array where each parameter's part goes into all of it
+    def add_matrix(self, sums: Sums, parameter: Parameter, a: Factor, b: Factor) -> None: ...
+    def add_vector(self, sums: Sums, parameter: Parameter, gradient: Tensor) -> None: ...
+    def arrays(self, sums: Sums, like: Tensor) -> dict[str, Tensor]: ...  # the stored arrays, of examples as `like` has
 
 
 class TwoSided:
@@ -41,7 +45,6 @@ class TwoSided:
         self, parameters: list[Parameter], projection: Projection, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.layout = row_layout(parameters, projection)
-        self._ranges = {r.parameter: r for r in self.layout.ranges}
         self._sides: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for p in parameters:
             left = side_matrix(projection, p.name, "output", p.out_features)
@@ -55,20 +58,31 @@ class TwoSided:
     def reduce_output(self, parameter: Parameter, a: Factor) -> Factor:
         return Factor(a.project(self._sides[parameter.name][0]))
 
-    def add_matrix(self, arrays: dict[str, Tensor], parameter: Parameter, a: Factor, b: Factor) -> None:
+    def add_matrix(self, sums: Sums, parameter: Parameter, a: Factor, b: Factor) -> None:
         left, right = self._sides[parameter.name]
-        here = self._ranges[parameter.name]
-        out = arrays["rows"]
-        block = torch.bmm(a.project(left).to(out.dtype).transpose(1, 2), b.project(right).to(out.dtype))
-        out[:, here.start : here.stop] += block.flatten(1)
+        output, inner = in_one_precision(a.project(left), b.project(right))
+        _add(sums, parameter.name, torch.bmm(output.transpose(1, 2), inner).flatten(1))
 
-    def add_vector(self, arrays: dict[str, Tensor], parameter: Parameter, gradient: Tensor) -> None:
+    def add_vector(self, sums: Sums, parameter: Parameter, gradient: Tensor) -> None:
         left, _ = self._sides[parameter.name]
-        here = self._ranges[parameter.name]
-        out = arrays["rows"]
-        out[:, here.start : here.stop] += (gradient if left is None else gradient @ left.T.to(gradient.dtype)).to(
-            out.dtype
-        )
+        _add(sums, parameter.name, _wide(gradient if left is None else gradient @ left.T.to(gradient.dtype)))
+
+    def arrays(self, sums: Sums, like: Tensor) -> dict[str, Tensor]:
+        """Return the rows: every parameter's block in its place, zeros where there is none."""
+        found, stop = [], 0
+        for here in self.layout.ranges:
+            if here.parameter in sums:
+                found += [like.new_zeros(len(like), here.start - stop), sums[here.parameter]]
+                stop = here.stop
+        return {"rows": torch.cat([*found, like.new_zeros(len(like), self.layout.arrays["rows"] - stop)], 1)}
+
+
+def _add(sums: Sums, name: str, block: Tensor) -> None:
+    sums[name] = sums[name] + block if name in sums else block
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _transposed(side: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
@@ -85,11 +99,14 @@ class Whole:
     def reduce_input(self, parameter: Parameter, b: Factor) -> Factor:
         return b
 
-    def add_matrix(self, arrays: dict[str, Tensor], parameter: Parameter, a: Factor, b: Factor) -> None:
-        arrays[parameter.name] += gradient_vector(a, b).to(arrays[parameter.name].dtype)
+    def add_matrix(self, sums: Sums, parameter: Parameter, a: Factor, b: Factor) -> None:
+        _add(sums, parameter.name, _wide(gradient_vector(a, b)))
 
-    def add_vector(self, arrays: dict[str, Tensor], parameter: Parameter, gradient: Tensor) -> None:
-        arrays[parameter.name] += gradient.to(arrays[parameter.name].dtype)
+    def add_vector(self, sums: Sums, parameter: Parameter, gradient: Tensor) -> None:
+        _add(sums, parameter.name, _wide(gradient))
+
+    def arrays(self, sums: Sums, like: Tensor) -> dict[str, Tensor]:
+        return {n: sums.get(n, like.new_zeros(len(like), width)) for n, width in self.layout.arrays.items()}
 
 
 class Dense:
@@ -107,19 +124,23 @@ class Dense:
     def reduce_input(self, parameter: Parameter, b: Factor) -> Factor:
         return b
 
-    def add_matrix(self, arrays: dict[str, Tensor], parameter: Parameter, a: Factor, b: Factor) -> None:
+    def add_matrix(self, sums: Sums, parameter: Parameter, a: Factor, b: Factor) -> None:
         step = max(1, _MATERIALISED // parameter.size)
-        out = arrays[self._array]
-        for begin in range(0, len(out), step):
-            window = slice(begin, begin + step)
-            part = gradient_vector(Factor(a.values[window], a.one_hot), Factor(b.values[window], b.one_hot))
-            out[window] += self._times(part, parameter, out.dtype)
+        parts = [
+            self._times(gradient_vector(Factor(x, a.one_hot), Factor(y, b.one_hot)), parameter)
+            for x, y in zip(a.values.split(step), b.values.split(step), strict=True)
+        ]
+        _add(sums, self._array, torch.cat(parts))
 
-    def add_vector(self, arrays: dict[str, Tensor], parameter: Parameter, gradient: Tensor) -> None:
-        arrays[self._array] += self._times(gradient, parameter, arrays[self._array].dtype)
+    def add_vector(self, sums: Sums, parameter: Parameter, gradient: Tensor) -> None:
+        _add(sums, self._array, self._times(gradient, parameter))
 
-    def _times(self, gradient: Tensor, parameter: Parameter, dtype: torch.dtype) -> Tensor:
-        return gradient.to(dtype) @ self._blocks[parameter.name].T.to(dtype)
+    def arrays(self, sums: Sums, like: Tensor) -> dict[str, Tensor]:
+        return {n: sums.get(n, like.new_zeros(len(like), width)) for n, width in self.layout.arrays.items()}
+
+    def _times(self, gradient: Tensor, parameter: Parameter) -> Tensor:
+        gradient = _wide(gradient)
+        return gradient @ self._blocks[parameter.name].T.to(gradient.dtype)
 
 
 def make_projector(

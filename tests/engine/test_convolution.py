@@ -13,7 +13,7 @@ from engine.factors import gradient_vector
 from engine.gradients import PerExampleGradients
 from engine.parameters import select_parameters, supported_parameters
 from engine.projection import Projection, side_matrix
-from engine.projectors import Whole, make_projector
+from engine.projectors import Sums, Whole, make_projector
 from tests import oracles
 from tests.conftest import randomise
 
@@ -76,10 +76,9 @@ def test_projected_rows_equal_the_projected_gradient(kind, projection):
         model, parameters, make_projector(parameters, Projection(projection, 5), CPU, F64)
     ) as hooks:
         found = hooks(squares, batch).arrays["rows"]
-        exact = torch.zeros_like(found)
-        whole = oracles.gradients(model, squares, batch)["0.weight"].flatten(2)
-        hooks.projector.add_matrix({"rows": exact}, parameters[0], *convolution.whole_factors(whole))
-    assert torch.allclose(found, exact, rtol=1e-10, atol=1e-12)
+        whole, sums = oracles.gradients(model, squares, batch)["0.weight"].flatten(2), Sums()
+        hooks.projector.add_matrix(sums, parameters[0], *convolution.whole_factors(whole))
+    assert torch.allclose(found, hooks.projector.arrays(sums, found)["rows"], rtol=1e-10, atol=1e-12)
 
 
 def test_two_sided_is_the_kronecker_product():
@@ -102,9 +101,10 @@ def test_projected_dot_products_are_unbiased_over_layers_of_several_shapes():
     found = torch.zeros(2000, dtype=F64)
     for seed in range(len(found)):
         projector = make_projector(parameters, Projection("two-sided", 4, seed), CPU, F64)
-        rows = torch.zeros(2, projector.layout.arrays["rows"], dtype=F64)
+        sums = Sums()
         for p in parameters:
-            projector.add_matrix({"rows": rows}, p, *convolution.whole_factors(truth[p.name].flatten(2)))
+            projector.add_matrix(sums, p, *convolution.whole_factors(truth[p.name].flatten(2)))
+        rows = projector.arrays(sums, batch["x"])["rows"]
         found[seed] = rows[0] @ rows[1]
     assert abs(found.mean() - exact[0] @ exact[1]) <= 3 * found.std() / len(found) ** 0.5
 

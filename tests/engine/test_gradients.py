@@ -14,7 +14,7 @@ from engine.gradient_batch import GradientBatch, nonfinite
 from engine.gradients import PerExampleGradients
 from engine.parameters import Parameter, select_parameters
 from engine.projection import Projection
-from engine.projectors import Whole, make_projector
+from engine.projectors import Sums, Whole, make_projector
 from tests import oracles
 from tests.conftest import (
     CASES,
@@ -131,17 +131,17 @@ def test_projected_rows_equal_the_projected_oracle(kind, case):
     with PerExampleGradients(model, parameters, projector) as hooks:
         out = hooks(loss, batch)
     truth = oracles.gradients(model, loss, batch)
-    exact = {name: torch.zeros_like(array) for name, array in out.arrays.items()}
+    sums = Sums()
     for p in parameters:
         rows = turned(model, p.name, truth[p.name])
         matrix = rows.reshape(len(batch), p.out_features, -1)
         if p.is_vector:
-            projector.add_vector(exact, p, rows)
+            projector.add_vector(sums, p, rows)
         else:
             eye = torch.eye(p.in_features, dtype=torch.float64).expand(len(batch), -1, -1)
-            projector.add_matrix(exact, p, Factor(matrix.transpose(1, 2)), Factor(eye))
-    for name, array in out.arrays.items():
-        assert torch.allclose(array, exact[name], rtol=1e-10, atol=1e-12)
+            projector.add_matrix(sums, p, Factor(matrix.transpose(1, 2)), Factor(eye))
+    for name, exact in projector.arrays(sums, out.losses).items():
+        assert torch.allclose(out.arrays[name], exact, rtol=1e-10, atol=1e-12)
     assert out.norms is None
 
 

@@ -5,7 +5,7 @@ from engine import projectors
 from engine.factors import Factor
 from engine.parameters import Parameter, Use
 from engine.projection import Projection, dense_matrix, side_matrix
-from engine.projectors import Dense, TwoSided, Whole, make_projector
+from engine.projectors import Dense, Sums, TwoSided, Whole, make_projector
 
 MATRIX = Parameter("w", 9, 11, (Use("m", "linear"),))
 VECTOR = Parameter("b", 9, 0, (Use("m", "bias"),))
@@ -16,11 +16,12 @@ G = torch.einsum("bto,bti->boi", A, X)
 V = A.sum(1)
 
 
-def rows_of(projector: projectors.Projector, dtype: torch.dtype = F64) -> dict[str, torch.Tensor]:
-    arrays = {name: torch.zeros(4, width, dtype=dtype) for name, width in projector.layout.arrays.items()}
-    projector.add_matrix(arrays, MATRIX, Factor(A), Factor(X))
-    projector.add_vector(arrays, VECTOR, V)
-    return arrays
+def rows_of(projector: projectors.Projector, calls: int = 1) -> dict[str, torch.Tensor]:
+    sums = Sums()
+    for _ in range(calls):
+        projector.add_matrix(sums, MATRIX, Factor(A), Factor(X))
+        projector.add_vector(sums, VECTOR, V)
+    return projector.arrays(sums, torch.empty(4, dtype=F64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -44,6 +45,17 @@ def test_two_sided_keeps_small_sides_whole():
     assert torch.allclose(rows[:, 256:], V, rtol=1e-13)
 
 
+def test_two_sided_leaves_zeros_for_what_is_not_there():
+    later, sums = Parameter("later", 9, 11, MATRIX.uses), Sums()
+    projector = TwoSided([MATRIX, later], Projection("two-sided", 4), CPU, F64)
+    projector.add_matrix(sums, later, Factor(A), Factor(X))
+    rows = projector.arrays(sums, V)["rows"]
+    here = projector.layout.of("later")
+    assert rows.shape == (4, projector.layout.arrays["rows"])
+    assert torch.equal(rows[:, here.start : here.stop], sums["later"])
+    assert rows.count_nonzero() == sums["later"].numel()
+
+
 @pytest.mark.parametrize("dim", [4, 11, 20])
 def test_two_sided_takes_one_hot_factors_on_either_side(dim):
     tokens = torch.randint(0, 11, (4, 3), generator=torch.Generator().manual_seed(2))
@@ -56,9 +68,9 @@ def test_two_sided_takes_one_hot_factors_on_either_side(dim):
         found = []
         for a, b in (pair, dense):
             projector = TwoSided([parameter], Projection("two-sided", dim), CPU, F64)
-            arrays = {"rows": torch.zeros(4, projector.layout.arrays["rows"], dtype=F64)}
-            projector.add_matrix(arrays, parameter, a, b)
-            found.append(arrays["rows"])
+            sums = Sums()
+            projector.add_matrix(sums, parameter, a, b)
+            found.append(projector.arrays(sums, torch.empty(4, dtype=F64))["rows"])
         assert torch.allclose(found[0], found[1], atol=1e-12)
 
 
@@ -108,10 +120,8 @@ def test_whole_refuses_what_is_too_wide_to_store():
 def test_calls_of_a_shared_module_add_up(make):
     projector = make()
     once = rows_of(projector)
-    arrays = {name: array.clone() for name, array in once.items()}
-    projector.add_matrix(arrays, MATRIX, Factor(A), Factor(X))
-    projector.add_vector(arrays, VECTOR, V)
-    assert all(torch.allclose(arrays[name], 2 * once[name], rtol=1e-13) for name in once)
+    twice = rows_of(projector, calls=2)
+    assert all(torch.allclose(twice[name], 2 * once[name], rtol=1e-13) for name in once)
 
 
 def test_dense_layout_says_that_it_mixes_parameters():
