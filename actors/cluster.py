@@ -18,11 +18,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 Device = Literal["auto", "cpu", "cuda"]
 
 
+Workers = Literal["auto"] | int | Mapping[Literal["min", "max"], int]  # auto, so many, or from `min` to `max`
+
+
 @dataclass(frozen=True)
 class WorkerPlan:
-    count: int
+    count: int  # without which a job does not go on
     cpus: float  # per worker
     gpus: float  # per worker
+    most: int  # as many as this are taken where the cluster has or gets room for them
 
 
 def connect(
@@ -108,22 +112,28 @@ def resources() -> dict[str, float]:
 
 
 def worker_plan(
-    workers: Literal["auto"] | int,
+    workers: Workers,
     device: Device,
     available: Mapping[str, float],  # what resources() returned
 ) -> WorkerPlan:
     """Return the workers to start: one a GPU where there are any (or asked for), else one a CPU core.
 
-    A number is taken as it is: an autoscaling cluster may have less now than later; a worker that stays pending is
-    named by the pool. ValueError: a device that the cluster does not have.
+    A number is taken as it is, and a worker that stays pending is named by the pool. With `min` and `max` the cluster may
+    have less now than later: workers beyond its room stay pending, which is what an autoscaler goes by. ValueError: a
+    device that the cluster does not have, and may not get.
     """
     cpus, gpus = int(available.get("CPU", 0)), int(available.get("GPU", 0))
-    if device == "cuda" and not gpus:
+    elastic = isinstance(workers, Mapping)
+    if device == "cuda" and not gpus and not elastic:
         raise ValueError(
-            "cluster.device=cuda is not allowed: the cluster has no GPU. Use cpu or auto, or add a GPU node."
+            "cluster.device=cuda is not allowed: the cluster has no GPU. Use cpu or auto, add a GPU node, or give "
+            "cluster.workers as {min, max} where nodes come later."
         )
-    if workers != "auto" and workers < 1:
+    if isinstance(workers, int) and workers < 1:
         raise ValueError(f"cluster.workers={workers} is not allowed: must be auto or at least 1.")
     on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
-    fitting = gpus if on_gpu else cpus
-    return WorkerPlan(max(1, fitting) if workers == "auto" else workers, cpus=1.0, gpus=1.0 if on_gpu else 0.0)
+    if isinstance(workers, Mapping):
+        least, most = workers["min"], workers["max"]
+    else:
+        least = most = max(1, gpus if on_gpu else cpus) if workers == "auto" else int(workers)
+    return WorkerPlan(least, cpus=1.0, gpus=1.0 if on_gpu else 0.0, most=most)

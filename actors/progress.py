@@ -21,7 +21,7 @@ class StageReport:
 
     stage: str
     units: int  # in the stage
-    skipped: int  # of them done by an earlier run
+    skipped: int  # of them done by an earlier run or by another driver
     rows: int = 0
     tokens: int = 0
     bytes: int = 0
@@ -39,17 +39,25 @@ class StageProgress:
         console: Console | None = None,  # None: standard error
         clock: Callable[[], float] = time.monotonic,
         every: float = 5.0,  # seconds between plain lines
+        listen: Callable[[str, str, Receipt | None], None] = lambda what, stage, receipt: None,  # begin, unit, end
     ) -> None:
         self.console = console or Console(stderr=True, width=None if sys.stderr.isatty() else 140)
         self.clock = clock
         self.every = every
+        self.listen = listen
         self._bar: Progress | None = None
         self._task = TaskID(0)
+
+    @property
+    def done(self) -> int:
+        """Return how many units of the stage are done, by whomever."""
+        return self._done
 
     def begin(self, stage: str, units: int, done: int) -> None:
         """Start a stage of so many units, of which some were done before."""
         self._stage, self._units, self._done, self._skipped, self._rows = stage, units, done, done, 0
         self._began = self._spoke = self.clock()
+        self.listen("begin", stage, None)
         if self.console.is_terminal and not self.console.is_dumb_terminal:  # a dumb one moves no cursor
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
             self._bar = Progress(*columns, console=self.console, transient=True)
@@ -58,10 +66,19 @@ class StageProgress:
         else:
             self._say(f"{stage}: {units} units" + (f", {done} of them done before" if done else ""))
 
+    def skip(self, rows: int) -> None:
+        """Count one unit that another driver has finished."""
+        self._skipped += 1
+        self._count(rows)
+
     def advance(self, receipt: Receipt) -> None:
         """Count one finished unit."""
+        self.listen("unit", self._stage, receipt)
+        self._count(receipt.rows)
+
+    def _count(self, rows: int) -> None:
         self._done += 1
-        self._rows += receipt.rows
+        self._rows += rows
         if self._bar:
             self._bar.update(self._task, completed=self._done, status=self._status())
         elif self.clock() - self._spoke >= self.every:
@@ -74,6 +91,7 @@ class StageProgress:
 
     def end(self, report: StageReport, finished: bool) -> None:
         """Close the stage and show what this run did; `finished` is false when it stopped or was interrupted."""
+        self.listen("end", report.stage, None)
         if self._bar:
             self._bar.stop()
             self._bar = None

@@ -24,6 +24,7 @@ from actors.units import Stage, Unit, Worker, WorkerFactory
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 60.0  # seconds that a worker may stay pending
+NODE_TIMEOUT = 900.0  # the same where the cluster may grow: a node has to boot and to fetch its image
 
 
 class _Actor:
@@ -55,7 +56,10 @@ class _Slot:
 
 
 class RayPool:
-    """Ray actors as workers. Needs a connected Ray (cluster.connect)."""
+    """Ray actors as workers. Needs a connected Ray (cluster.connect).
+
+    With `most` above `workers` the others are asked for as well, and come when the cluster has room for them.
+    """
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class RayPool:
         workers: int,
         cpus: float = 1.0,  # per worker; also its threads on a GPU worker
         gpus: float = 0.0,  # per worker
+        most: int | None = None,  # workers; None: no more than `workers`
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if workers < 1:
@@ -70,6 +75,8 @@ class RayPool:
         if not ray.is_initialized():
             raise ValueError("Ray is not connected: call actors.cluster.connect() before making a RayPool.")
         self._factory = ray.put(factory)
+        self._least, most = workers, max(workers, most or 0)
+        self._patience = NODE_TIMEOUT if most > workers else START_TIMEOUT
         self._resources = {"CPU": cpus, "GPU": gpus}
         self._actor_class = ray.remote(
             num_cpus=cpus,
@@ -81,7 +88,7 @@ class RayPool:
         )(_Actor)
         self._clock = clock
         self._last_ready = clock()
-        self._slots = [self._start(number, 0, self._last_ready) for number in range(workers)]
+        self._slots = [self._start(number, 0, self._last_ready) for number in range(most)]
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +104,7 @@ class RayPool:
 
     @property
     def size(self) -> int:
-        return len(self._slots)
+        return self._least
 
     @property
     def workers(self) -> list[str]:
@@ -178,10 +185,12 @@ class RayPool:
         return [Ready(slot.name)]
 
     def _check_pending(self) -> None:
-        """Raise PoolError for a worker that stays pending, but do without a replacement while other workers go on."""
+        """Raise PoolError if too few workers come up, but do without a replacement while other workers go on."""
+        if len(self.workers) >= self._least:
+            return
         for slot in self._slots:
             waited = self._clock() - max(slot.since, self._last_ready)
-            if slot.starting is None or waited <= START_TIMEOUT:
+            if slot.starting is None or waited <= self._patience:
                 continue
             message = pending_message(slot.number, self.size, waited, self._resources)
             if slot.generation == 0 or not self.workers:

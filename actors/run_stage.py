@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from actors.progress import StageProgress, StageReport, quarantined_text
 from actors.schedule import (
     Commit,
     Done,
+    Elsewhere,
     Event,
     Failed,
     Instruction,
@@ -22,9 +23,12 @@ from actors.schedule import (
     Run,
     Schedule,
     Stop,
+    Taken,
     Tick,
 )
 from actors.units import Receipt, Stage
+
+LOOK = 5.0  # seconds between two looks at other drivers' units while there is work here
 
 
 class Journal(Protocol):
@@ -33,6 +37,28 @@ class Journal(Protocol):
     def done(self) -> Mapping[str, Mapping[str, Any]]: ...
 
     def commit(self, unit_key: str, record: dict[str, Any]) -> Any: ...
+
+
+class Claims(Protocol):
+    """Which units this driver may work on, where several share a run (storage.leases)."""
+
+    def take(self, unit_key: str) -> bool:
+        """Take a unit; False if it is done by now or another driver has it."""
+        ...
+
+    def look(self, units: Iterable[str]) -> tuple[Mapping[str, Mapping[str, Any]], list[str]]:
+        """Return the done-records of those of these units that are done by now, and which are free again."""
+        ...
+
+
+class AllOurs:
+    """The claims of a driver whose stage no other one knows."""
+
+    def take(self, unit_key: str) -> bool:
+        return True
+
+    def look(self, units: Iterable[str]) -> tuple[Mapping[str, Mapping[str, Any]], list[str]]:
+        return {}, []
 
 
 class EventSink(Protocol):
@@ -61,15 +87,19 @@ def run_stage(
     clock: Callable[[], float] = time.monotonic,
     poll_seconds: float = 1.0,  # the longest wait for news
     take: Callable[[Receipt], None] = lambda receipt: None,  # sees every receipt committed
+    claims: Claims | None = None,  # None: no other driver works on this stage
+    sleep: Callable[[float], None] = time.sleep,
 ) -> StageReport:
     """Run every unit that has no done-record yet, and commit each one's receipt once.
 
-    The pool stays open for the next stage. However this ends, nothing of the stage is left in flight: when it stops or
-    is interrupted, the workers still at it are replaced. StageStopped: the schedule gave up; OSError: the journal
-    could not be read or written; PoolError: workers cannot start. After any of them the same call resumes.
+    Units that another driver has are left to it and waited for. The pool stays open for the next stage. However this ends,
+    nothing of the stage is left in flight: when it stops or is interrupted, the workers still at it are replaced.
+    StageStopped: the schedule gave up; OSError: the journal could not be read or written; PoolError: workers cannot
+    start. After any of them the same call resumes.
     """
-    before = journal.done()
+    claims, before = claims or AllOurs(), journal.done()
     schedule = Schedule(stage, before, limits or Limits(), clock(), pool.size)
+    others = _Others(claims, clock, sleep, poll_seconds)
     began, finished = clock(), False
     report = StageReport(stage.name, units=len(stage.units), skipped=len(schedule.done))
     if progress:
@@ -78,19 +108,21 @@ def run_stage(
         news: list[Event] = [Ready(worker) for worker in pool.workers]
         while True:
             write_down(news, stage, progress, events)
-            committed = carry_out(schedule.handle([Tick(clock()), *news]), pool, stage, journal, progress)
+            instructions = schedule.handle([Tick(clock()), *news])
+            committed, taken = carry_out(instructions, pool, stage, journal, progress, claims)
             for receipt in committed:
                 take(receipt)
             report = count(report, committed)
             if schedule.finished:
                 break
-            news = pool.wait(poll_seconds)
+            news = taken or others.news(schedule, pool)
         finished = True
     finally:
         for worker in schedule.busy:
             pool.replace(worker)
         report = replace(
             report,
+            skipped=report.skipped + schedule.done_elsewhere,
             seconds=clock() - began,
             retries=schedule.retries,
             quarantined=schedule.bad_rows,
@@ -100,16 +132,50 @@ def run_stage(
     return report
 
 
-def carry_out(
-    instructions: list[Instruction], pool: Pool, stage: Stage, journal: Journal, progress: StageProgress | None
-) -> list[Receipt]:
-    """Do as the schedule says and return the receipts committed. Workers get their next unit before the commits.
+class _Others:
+    """Waits for news of the pool, and now and then looks at what other drivers have done."""
 
-    StageStopped is raised after everything else, so that what was done is committed.
+    def __init__(
+        self, claims: Claims, clock: Callable[[], float], sleep: Callable[[float], None], poll_seconds: float
+    ) -> None:
+        self.claims, self.clock, self.sleep, self.poll_seconds = claims, clock, sleep, poll_seconds
+        self._looked = clock()
+
+    def news(self, schedule: Schedule, pool: Pool) -> list[Event]:
+        """Return what happened; where nothing runs here and the rest is with others, at every poll."""
+        idle = bool(schedule.elsewhere) and not schedule.busy
+        if idle:
+            self.sleep(self.poll_seconds)
+        news = pool.wait(self.poll_seconds)
+        if schedule.elsewhere and (idle or self.clock() - self._looked >= LOOK):
+            self._looked = self.clock()
+            done, free = self.claims.look(schedule.elsewhere)
+            news = [
+                *news,
+                *(Elsewhere(unit, record) for unit, record in done.items()),
+                *(Elsewhere(u, None) for u in free),
+            ]
+        return news
+
+
+def carry_out(
+    instructions: list[Instruction],
+    pool: Pool,
+    stage: Stage,
+    journal: Journal,
+    progress: StageProgress | None,
+    claims: Claims,
+) -> tuple[list[Receipt], list[Event]]:
+    """Do as the schedule says; return the receipts committed, and which units another driver had.
+
+    Workers get their next unit before the commits. StageStopped is raised after everything else, so that what was done
+    is committed.
     """
-    receipts = []
+    receipts, taken = list[Receipt](), list[Event]()
     for instruction in sorted(instructions, key=lambda one: isinstance(one, Commit)):
         match instruction:
+            case Run(worker, unit) if not claims.take(unit.key):
+                taken.append(Taken(worker, unit.key))
             case Run(worker, unit):
                 pool.submit(worker, stage, unit)
             case Replace(worker):
@@ -122,7 +188,7 @@ def carry_out(
     for instruction in instructions:
         if isinstance(instruction, Stop):
             raise StageStopped(instruction.message, instruction.detail)
-    return receipts
+    return receipts, taken
 
 
 def write_down(news: list[Event], stage: Stage, progress: StageProgress | None, events: EventSink | None) -> None:
@@ -135,6 +201,10 @@ def write_down(news: list[Event], stage: Stage, progress: StageProgress | None, 
             case Done(worker, receipt) if receipt.quarantined:
                 fields = {"unit": receipt.unit, "rows": receipt.record()["quarantined"]}
                 name, text = "quarantined", f"set aside, not finite: {quarantined_text(receipt.quarantined)}"
+            case Elsewhere(unit, record) if record is not None:
+                if progress:
+                    progress.skip(record.get("rows", 0))
+                continue
             case Lost(worker, reason, with_node):
                 fields = {"reason": reason, "with_node": with_node}
                 name, text = "lost", f"lost {worker}: {reason}"

@@ -49,6 +49,22 @@ class Lost:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """Another driver has the unit that this worker was to get."""
+
+    worker: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What became of a unit that another driver had: its done-record, or None, and it is free again."""
+
+    unit: str
+    record: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
 class Tick:
     now: float  # seconds of a monotonic clock
 
@@ -75,7 +91,7 @@ class Stop:
     detail: str = ""  # the traceback of a bug
 
 
-Event = Ready | Done | Failed | Lost | Tick
+Event = Ready | Done | Failed | Lost | Taken | Elsewhere | Tick
 Instruction = Run | Replace | Commit | Stop
 
 
@@ -108,8 +124,9 @@ class Schedule:
         self.queue = deque(unit for unit in stage.units if unit.key not in done)
         self.in_flight: dict[str, list[Unit]] = {}  # by worker, oldest first: that one is running
         self.gone: set[str] = set()
+        self.elsewhere: dict[str, Unit] = {}  # with other drivers, by key
         self.done = {unit.key for unit in stage.units if unit.key in done}
-        self.done_here = 0  # units done since this object was made
+        self.done_here = self.done_elsewhere = 0  # units done since this object was made, here and by other drivers
         self.attempts: dict[str, int] = {}
         self.kills: dict[str, int] = {}
         self.deaths_in_a_row = 0  # worker processes that died since a unit was last done
@@ -158,6 +175,12 @@ class Schedule:
                 return self._take_in_done(worker, receipt)
             case Failed():
                 self._take_in_failure(event)
+            case Taken(worker, key):
+                unit = self._remove(worker, key)
+                if unit is not None:
+                    self.elsewhere[key] = unit
+            case Elsewhere(key, record):
+                self._take_in_elsewhere(self.elsewhere.pop(key), record)
             case Lost(worker):
                 if worker not in self.gone:
                     self._take_in_loss(event)
@@ -175,6 +198,16 @@ class Schedule:
         self.rows += receipt.rows
         self.quarantined += receipt.quarantined.items()
         return [Commit(receipt)]
+
+    def _take_in_elsewhere(self, unit: Unit, record: Mapping[str, Any] | None) -> None:
+        if record is None:
+            self.queue.appendleft(unit)
+            return
+        self.done.add(unit.key)
+        self.done_elsewhere += 1
+        self.last_done = self.now
+        self.rows += record.get("rows", 0)
+        self.quarantined += [(int(k), v) for k, v in record.get("quarantined", {}).items()]
 
     def _take_in_failure(self, failure: Failed) -> None:
         unit = self._remove(failure.worker, failure.unit)
@@ -261,9 +294,10 @@ class Schedule:
         waited = self.now - self.last_done
         if not self.finished and waited > self.limits.stall_seconds:
             held = "; ".join(f"{worker}: {units[0].label()}" for worker, units in self.in_flight.items() if units)
+            others = f", {len(self.elsewhere)} units are with other drivers" if self.elsewhere else ""
             self._give_up(
                 f"no unit was done for {waited / 60:.0f} minutes (allowed are {self.limits.stall_seconds / 60:.0f}). "
-                f"Running: {held or 'nothing'}. {self._progress()}; run again to resume."
+                f"Running: {held or 'nothing'}{others}. {self._progress()}; run again to resume."
             )
 
     def _remove(self, worker: str, key: str) -> Unit | None:

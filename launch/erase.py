@@ -18,7 +18,7 @@ from actors.compaction import compact
 from launch.messages import plain_errors
 from launch.sources import TRAIN
 from storage.corpus import Corpus, erased_ids
-from storage.journal import RunLease
+from storage.leases import RunLease
 from storage.locations import Location
 from storage.run_format import check_format
 
@@ -65,7 +65,7 @@ def main(
         if ids or source_ids:
             print(f"{erase(place, ids, source_ids):,} examples erased, {len(erased_ids(place, TRAIN)):,} in all")
         if compacted:
-            with RunLease(place, "compaction") as lease:
+            with RunLease(place, "compaction", alone=True) as lease:
                 compact(place, lease.check, print)
 
 

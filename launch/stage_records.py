@@ -9,7 +9,8 @@ from actors.index import IndexJob, build_index
 from actors.neighbours import EXACT, about_key, answer_with, index_key
 from storage.damage import record_of
 from storage.index import ScoreIndex
-from storage.journal import Journal, RunLease
+from storage.journal import Journal
+from storage.leases import RunLease
 from storage.locations import Location
 
 TABLES = "tables"  # the unit of an index that holds its Parquet tables and their description

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.overview import RunWatch, StageState, altered_records, health, holder, stages
+from actors.overview import RunWatch, StageState, altered_records, drivers, health, stages
 from storage.locations import Location
 from storage.run_format import check_format
 from storage.verify import Damage, verify
@@ -33,11 +33,10 @@ def status(run: Location, check: bool) -> dict[str, Any]:
     if not found and not run.exists("manifest.json"):
         raise FileNotFoundError(f"{run.uri} holds no run: check the path")
     check_format(run)
-    held = holder(run)
     report: dict[str, Any] = {
         "run": run.uri,
         "state": RunWatch(run).read()["state"],
-        "driver": None if held is None else {k: held.get(k) for k in ("driver", "host", "pid", "time", "gone")},
+        "drivers": [{k: one.get(k) for k in ("driver", "host", "pid", "time", "gone")} for one in drivers(run)],
         "stages": [asdict(stage) for stage in found],
         "health": health(run),
         "verified": None,
@@ -55,7 +54,9 @@ def status(run: Location, check: bool) -> dict[str, Any]:
 
 def show(report: dict[str, Any], console: Console) -> None:
     """Print a report for a person."""
-    console.print(f"{report['run']}: {report['state']}{driver_line(report['driver'])}", highlight=False)
+    console.print(f"{report['run']}: {report['state']}", highlight=False)
+    for one in report["drivers"]:
+        console.print(driver_line(one), highlight=False, soft_wrap=True)
     table = Table("stage", "units", "rows", "bad rows", "last unit", box=None, pad_edge=False)
     for stage in (StageState(**one) for one in report["stages"]):
         units = f"{stage.done:,} of {stage.units:,}" + (f", {stage.damaged:,} damaged" if stage.damaged else "")
@@ -74,13 +75,11 @@ def show(report: dict[str, Any], console: Console) -> None:
         console.print("run the same launch/score.py command again: units named above are made anew", soft_wrap=True)
 
 
-def driver_line(driver: dict[str, Any] | None) -> str:
-    """Return who holds the run, and since when nothing was heard of them."""
-    if driver is None:
-        return ""
+def driver_line(driver: dict[str, Any]) -> str:
+    """Return who works on the run, and since when nothing was heard of them."""
     gone = ", which is gone" if driver["gone"] else ""
     heard = "" if driver["time"] is None else f", last sign of life {ago(time.time() - driver['time'])}"
-    return f", held by {driver['driver']} (process {driver['pid']} on {driver['host']}{gone}{heard})"
+    return f"driver {driver['driver']} (process {driver['pid']} on {driver['host']}{gone}){heard}"
 
 
 def ago(seconds: float | None) -> str:

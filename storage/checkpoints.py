@@ -24,7 +24,7 @@ NOT_WEIGHTS = (
     "scaler.",
     "training_args.",
 )  # a Trainer's other .pt and .bin files
-CONFIGS = ("config.json", "adapter_config.json")
+CONFIGS = ("config.json", "adapter_config.json", "turnover.json")
 STATE = "trainer_state.json"
 ARGUMENTS = "training_args.bin"
 RECORD = "influence.json"  # what launch.InfluenceCallback leaves in a checkpoint: its learning rate, exact

@@ -4,6 +4,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 from storage.journal import Journal
@@ -22,22 +23,41 @@ class DamagedObject(OSError):  # noqa: N818  it is what the reader of the messag
         super().__init__(f"{what}. It is of unit {unit} of stage {stage}. {again}.")
         self.run, self.stage, self.unit, self.what = run, stage, unit, what
 
-    def mark(self) -> None:
-        """Note it in the journal, so that the unit is not taken as done any more."""
-        mark_damaged(self.run, self.stage, self.unit, [self.what])
+
+@contextmanager
+def noting_damage(run: Location) -> Iterator[None]:
+    """Note in a run's journal which of its objects is met damaged in here, so that its next job makes that unit anew.
+
+    Another run's objects are left to its own job.
+    """
+    try:
+        yield
+    except DamagedObject as error:
+        if error.run == run:
+            mark_damaged(run, error.stage, error.unit, [error.what])
+        raise
 
 
 def mark_damaged(run: Location, stage: str, unit: str, found: list[str]) -> bool:
     """Note that a unit must be made anew, with what its own making needs; False if that is known already.
 
-    A shard scored without a store is added up from blocks that are gone once the index stands: they are made anew too.
+    What it was put together from may be gone by then, and is made anew too: the blocks of a shard scored without a store,
+    and the solved blocks of a query state with what they are the mean of.
     """
     new = Journal(run, stage).mark_damaged(unit, {"found": found})
-    if stage.startswith("score-"):
-        blocks = Journal(run, f"compute-{stage.removeprefix('score-')}")
-        for block in [key for key in blocks.done() if key.endswith(f"-{unit}")]:
-            blocks.mark_damaged(block, {"found": [f"{stage} needs it again"]})
+    kind, _, label = stage.partition("-")
+    if kind == "score":
+        _make_again(run, f"compute-{label}", stage, lambda key: key.endswith(f"-{unit}"))
+    elif kind == "solve" and unit == "state":
+        _make_again(run, stage, stage, lambda key: key.startswith("block-"))
+        _make_again(run, f"lissa-{label}", stage, lambda key: True)
     return new
+
+
+def _make_again(run: Location, stage: str, needed_by: str, chosen: Callable[[str], bool]) -> None:
+    journal = Journal(run, stage)
+    for unit in filter(chosen, list(journal.done())):
+        journal.mark_damaged(unit, {"found": [f"{needed_by} needs it again"]})
 
 
 def read_checked(run: Location, stage: str, unit: str, key: str) -> bytes:
@@ -45,12 +65,8 @@ def read_checked(run: Location, stage: str, unit: str, key: str) -> bytes:
 
     DamagedObject if it is missing or differs. Cost: one listing and one small read more than the object itself.
     """
-    journal = Journal(run, stage)
-    noted = (journal.record(unit) or {}).get("objects", [])
-    record = next((ObjectRecord(**one) for one in noted if one["key"] == key), None)
+    record = _noted(run, stage, unit, key)
     if record is None:
-        if journal.is_damaged(unit):
-            raise DamagedObject(run, stage, unit, f"{run.uri}/{key} was found damaged")
         return run.read(key)
     try:
         data = run.read(key)
@@ -59,6 +75,23 @@ def read_checked(run: Location, stage: str, unit: str, key: str) -> bytes:
     if wrong := difference(record, len(data), hashlib.sha256(data).hexdigest()):
         raise DamagedObject(run, stage, unit, f"{run.uri}/{key} {wrong}")
     return data
+
+
+def refuse_damaged(run: Location, stage: str, unit: str, key: str) -> None:
+    """Compare an object with its unit's done-record, if that names it, without holding it. Raises DamagedObject."""
+    record = _noted(run, stage, unit, key)
+    if record is not None and (wrong := check_object(run, record)):
+        raise DamagedObject(run, stage, unit, f"{run.uri}/{key} {wrong}")
+
+
+def _noted(run: Location, stage: str, unit: str, key: str) -> ObjectRecord | None:
+    """Return what the done-record says of the object; None if it does not name it. DamagedObject if it was found so."""
+    journal = Journal(run, stage)
+    noted = (journal.record(unit) or {}).get("objects", [])
+    record = next((ObjectRecord(**one) for one in noted if one["key"] == key), None)
+    if record is None and journal.is_damaged(unit):
+        raise DamagedObject(run, stage, unit, f"{run.uri}/{key} was found damaged")
+    return record
 
 
 def check_object(run: Location, record: ObjectRecord) -> str | None:

@@ -11,6 +11,7 @@ journal's affair.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,13 +25,18 @@ from storage.zarr_groups import (
     LocationStore,
     MissingRows,
     build_metadata,
+    columns_of,
     encode_shard,
     open_array,
     shard_object,
+    vector_of,
 )
 
 MISSING, DONE, QUARANTINED, ERASED = 0, 1, 2, 3
 VECTORS = ("row_scale", "losses", "norms", "state")
+VECTOR_TYPES: dict[str, np.dtype[Any]] = {
+    "row_scale": np.dtype(np.float32), "losses": np.dtype(np.float64), "state": np.dtype(np.uint8)
+}  # fmt: skip
 SHARD_BYTES = 16 << 20
 SETTINGS_KEY = "gradients/store.json"
 
@@ -132,7 +138,7 @@ class GradientStore:
             raise
         except (OSError, KeyError, TypeError):  # not there yet, or damaged: it is written below
             pass
-        for key, data in self._metadata(rows, shard_rows).items():
+        for key, data in self.metadata(rows, shard_rows).items():
             try:
                 self.run.create(f"{group}/{key}", data)
             except ObjectConflict:
@@ -156,7 +162,7 @@ class GradientStore:
         """Remove the objects of the shard that begins at row `start`, `state` first."""
         group = _group_key(set_name, checkpoint, segment)
         number = start // self._load(group)[1]
-        for name, dimensions in reversed(self._dimensions().items()):
+        for name, dimensions in reversed(self.dimensions().items()):
             self.run.delete(f"{group}/{shard_object(name, dimensions, number)}")
 
     def blank_shard(
@@ -169,7 +175,7 @@ class GradientStore:
         group, new = _group_key(set_name, checkpoint, segment), _group_key(set_name, checkpoint, target)
         rows, shard_rows, metadata = self._load(group)
         store, stop = LocationStore(self.run.child(group), metadata), min(start + shard_rows, rows)
-        values = {name: _read(store, name, start, stop) for name in self._dimensions()}
+        values = {name: _read(store, name, start, stop) for name in self.dimensions()}
         nan = NAN_BFLOAT16 if self.settings.dtype == "bfloat16" else np.nan
         for name, array in values.items():
             array[erased] = ERASED if name == "state" else nan if name in self.settings.arrays else np.nan
@@ -200,6 +206,45 @@ class GradientStore:
             state,
         )
 
+    def stored_columns(
+        self, set_name: str, checkpoint: str, segment: str, start: int
+    ) -> Iterator[tuple[str, slice, np.ndarray]]:
+        """Yield the one shard that begins at row `start` as it is stored, some columns of an array at a time, not copied.
+
+        Only without compression. FileNotFoundError and ValueError for what `read` has a name for.
+        """
+        for name, columns in self.settings.arrays.items():
+            data, rows, shard_rows = self._object(set_name, checkpoint, segment, start, name)
+            for where, values in columns_of(data, shard_rows, columns, STORED[self.settings.dtype]):
+                yield name, where, values[:rows]
+
+    def vectors(self, set_name: str, checkpoint: str, segment: str, start: int) -> dict[str, np.ndarray]:
+        """Return state, losses, and norms and row_scale where the store has them, of the same shard. Errors likewise."""
+        found = {}
+        for name, dimensions in self.dimensions().items():
+            if name in self.settings.arrays:
+                continue
+            data, rows, shard_rows = self._object(set_name, checkpoint, segment, start, name)
+            if dimensions == 1:
+                found[name] = vector_of(data, VECTOR_TYPES[name])[:rows]
+            else:
+                width = len(self.settings.modules)
+                parts = columns_of(data, shard_rows, width, np.dtype(np.float32))
+                found[name] = np.concatenate([values[:rows] for _, values in parts], 1)
+        return found
+
+    def _object(
+        self, set_name: str, checkpoint: str, segment: str, start: int, name: str
+    ) -> tuple[bytearray, int, int]:
+        """Return an array's object of a shard, the rows that it has, and those that it has room for.
+
+        The bytes may be written to, as torch wants of an array that it shares.
+        """
+        group = _group_key(set_name, checkpoint, segment)
+        rows, shard_rows, _ = self._load(group)
+        key = shard_object(name, self.dimensions()[name], start // shard_rows)
+        return bytearray(self.run.read(f"{group}/{key}")), min(shard_rows, rows - start), shard_rows
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_groups": {}}
 
@@ -211,11 +256,12 @@ class GradientStore:
                     f"{self.run.uri}/{group} is missing. Run launch/status.py --verify, then its job again."
                 )
             stored = self.run.read_json(f"{group}/zarr.json")["attributes"]
-            metadata = self._metadata(stored["rows"], stored["shard_rows"])
+            metadata = self.metadata(stored["rows"], stored["shard_rows"])
             self._groups[group] = (stored["rows"], stored["shard_rows"], metadata)
         return self._groups[group]
 
-    def _metadata(self, rows: int, shard_rows: int) -> dict[str, bytes]:
+    def metadata(self, rows: int, shard_rows: int) -> dict[str, bytes]:
+        """Return a group's objects of metadata by key: they follow from settings and shape."""
         settings = self.settings
         nan = NAN_BFLOAT16 if settings.dtype == "bfloat16" else float("nan")
         specs = [
@@ -232,7 +278,7 @@ class GradientStore:
         attributes = {"rows": rows, "shard_rows": shard_rows, "ranges": settings.ranges}
         return build_metadata(specs, shard_rows, settings.compression, attributes)
 
-    def _dimensions(self) -> dict[str, int]:
+    def dimensions(self) -> dict[str, int]:
         """Return each array's number of dimensions, in the order in which a shard is written."""
         scale = {"row_scale": 1} if self.settings.dtype == "float16" else {}
         norms = {"norms": 2} if self.settings.norms else {}

@@ -1,20 +1,16 @@
-"""What is done, who is at work, and what happened: done-records of units, the lease on a run, events of a driver.
+"""What is done and what happened: done-records of units, events of a driver. Who is at work is in `leases`.
 
     journal/<stage>/<unit>/done.<n>     create-only; the highest n counts
     journal/<stage>/<unit>/damaged.<n>  create-only; what the done-record of this n names is damaged: the unit is to be made
                                         again and is then done.<n+1>
-    journal/run/lease.<n>               driver, host, process and counter; its holder rewrites it, the highest n counts
+    journal/<stage>/<unit>/lease.<n>    create-only; the driver that has taken the unit (see `leases`)
     events/<driver>.<n>.jsonl           what happened, one JSON object a line, in order of n
 
-A lease is free when released, when its process on the reader's own host is gone, or when its counter stood still for a
-minute of the reader's monotonic clock: no two clocks are ever compared. What a unit is, is its stage's affair.
+What a unit is, is its stage's affair.
 """
 
 import json
-import os
 import re
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, ItemsView, Iterator, Mapping
@@ -23,17 +19,10 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-import psutil
-
-from storage.locations import Location, ObjectConflict, to_json
+from storage.locations import Location, ObjectConflict
 
 UNIT_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*(/[A-Za-z0-9][A-Za-z0-9._+=,@-]*)*")
-LEASES = "journal/run"
-BEAT = 10.0  # seconds between two rewrites by the holder
-PATIENCE = 60.0  # seconds a counter must stand still before the lease is taken over
-POLL = 2.0  # seconds between two looks at somebody else's counter
 READERS = 32  # done-records read at a time when all are wanted
-SAME_PROCESS = 60.0  # seconds by which a process's start may seem to move when the host's clock is set
 
 
 class DoneRecords(Mapping[str, dict[str, Any]]):
@@ -67,10 +56,11 @@ class DoneRecords(Mapping[str, dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Marks:
-    """The highest number of either kind of record that a unit has, −1 for none."""
+    """The highest number of each kind of record that a unit has, −1 for none."""
 
     done: int = -1
     damaged: int = -1
+    lease: int = -1
 
     @property
     def is_done(self) -> bool:
@@ -110,7 +100,7 @@ class Journal:
         try:
             self.run.create_json(self._key(unit, 0), record)
         except ObjectConflict:
-            own = self._marks(f"{self._folder}/{unit}")[unit]
+            own = self.marks(unit)[unit]
             if own.is_done:
                 return self.run.read_json(self._key(unit, own.done))
             self.run.create_json(self._key(unit, own.damaged + 1), record)
@@ -119,25 +109,25 @@ class Journal:
     def record(self, unit_key: str) -> dict[str, Any] | None:
         """Return the record of one unit, None unless it is done. Cost: one listing of its own records, one read."""
         unit = _checked(unit_key)
-        own = self._marks(f"{self._folder}/{unit}").get(unit, Marks())
+        own = self.marks(unit).get(unit, Marks())
         return self.run.read_json(self._key(unit, own.done)) if own.is_done else None
 
     def is_damaged(self, unit_key: str) -> bool:
         """Tell whether one unit is to be made again. Cost: one listing of its own records."""
         unit = _checked(unit_key)
-        return self._marks(f"{self._folder}/{unit}").get(unit, Marks()).is_damaged
+        return self.marks(unit).get(unit, Marks()).is_damaged
 
     def before(self, unit_key: str) -> dict[str, Any] | None:
         """Return the record that a unit had when it was last found damaged, None if it never was."""
         unit = _checked(unit_key)
-        own = self._marks(f"{self._folder}/{unit}").get(unit, Marks())
+        own = self.marks(unit).get(unit, Marks())
         key = self._key(unit, own.damaged)
         return self.run.read_json(key) if own.damaged >= 0 and self.run.exists(key) else None
 
     def mark_damaged(self, unit_key: str, found: dict[str, Any]) -> bool:
         """Note that what a unit wrote is damaged, so that the next job makes it anew; False if that is known already."""
         unit = _checked(unit_key)
-        own = self._marks(f"{self._folder}/{unit}").get(unit, Marks())
+        own = self.marks(unit).get(unit, Marks())
         if own.is_damaged:
             return False
         if own.done < 0:  # an index or a segment of an early version, which the journal did not name
@@ -145,184 +135,31 @@ class Journal:
         self.run.create_json(f"{self._folder}/{unit}/damaged.{max(own.done, 0)}", found)
         return True
 
+    def marks(self, unit_key: str = "") -> dict[str, Marks]:
+        """Return which records units have: every one of the stage, or one of them. Cost: one listing."""
+        return self._marks(f"{self._folder}/{_checked(unit_key)}" if unit_key else self._folder)
+
+    def read(self, unit_key: str, number: int) -> dict[str, Any]:
+        """Return the done-record of a unit that has this number."""
+        return self.run.read_json(self._key(_checked(unit_key), number))
+
+    def lease_key(self, unit_key: str, number: int) -> str:
+        """Return the key of a unit's claim."""
+        return f"{self._folder}/{_checked(unit_key)}/lease.{number}"
+
     def _marks(self, folder: str) -> dict[str, Marks]:
         """Return what stands under a folder of this stage, by unit."""
         marks: dict[str, Marks] = {}
         for key in self.run.list(folder):
             unit, _, file = key.removeprefix(f"{self._folder}/").rpartition("/")
             name, _, number = file.partition(".")
-            if unit and name in ("done", "damaged"):
+            if unit and name in ("done", "damaged", "lease"):
                 own = marks.get(unit, Marks())
                 marks[unit] = replace(own, **{name: max(getattr(own, name), int(number))})
         return marks
 
     def _key(self, unit: str, number: int) -> str:
         return f"{self._folder}/{unit}/done.{number}"
-
-
-class RunBusy(OSError):  # noqa: N818
-    """Another driver works on this run."""
-
-
-class LeaseLost(OSError):  # noqa: N818
-    """Another driver has taken the run over."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """By what right a worker works on a stage: its driver's lease. It travels with the stage.
-
-    A worker that was given up (its driver died, it was cut off) may go on for a while; it must not undo anything.
-    """
-
-    stage: str
-    lease: int  # the driver's
-
-    def check(self, run: Location, unit: str) -> None:
-        """Raise LeaseLost if this unit is done and whole, or if another driver holds the run by now."""
-        if Journal(run, self.stage).record(unit) is not None:
-            raise LeaseLost(f"unit {unit} of {run.uri} is done already: what this worker made of it differs, and goes.")
-        if max(_lease_numbers(run)) > self.lease:
-            raise LeaseLost(f"another driver has taken {run.uri} over: what this worker made of {unit} goes.")
-
-
-class RunLease:
-    """Holds a run for one driver while in its `with` block; a daemon thread keeps it alive.
-
-    Entering raises RunBusy naming the holder (at the first sign of life, at the latest after a minute); `check` raises
-    LeaseLost once another driver has taken over, or once the lease could not be rewritten for a minute.
-    """
-
-    def __init__(
-        self,
-        run: Location,
-        driver: str = "driver",
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-        host: str | None = None,  # of this process; an argument for tests
-        pid: int | None = None,
-    ) -> None:
-        self.run, self.driver, self.clock, self.sleep = run, driver, clock, sleep
-        self.host, self.pid = host or socket.gethostname(), pid or os.getpid()
-        self.nonce = secrets.token_hex(8)
-        self._number, self._counter = 0, 0
-        self._lost: str | None = None
-        self._alive_at = clock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="run-lease", daemon=True)
-
-    @property
-    def number(self) -> int:
-        """Return which lease of the run this is; a later driver has a higher one."""
-        return self._number
-
-    def __enter__(self) -> "RunLease":
-        number, holder = self._highest()
-        if holder is not None:
-            self._wait_until_free(number, holder)
-        self._number = number + 1
-        try:
-            self.run.create(self._key(self._number), self._content(released=False))
-        except ObjectConflict as error:
-            raise self._busy(self.run.read_json(self._key(self._number))) from error
-        self._alive_at = self.clock()
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._lost is None:
-            self.run.replace(self._key(self._number), self._content(released=True))
-
-    def check(self) -> None:
-        """Raise LeaseLost if this driver must stop."""
-        if self._lost is None and self.clock() - self._alive_at > PATIENCE:
-            self._lost = f"could not be rewritten for {PATIENCE:.0f} s"
-        if self._lost is not None:
-            sentence = f"the lease of {self.driver} on {self.run.uri} {self._lost}"
-            raise LeaseLost(f"{sentence}. This driver stops; what is done stays done. Run again to resume.")
-
-    def beat(self) -> None:
-        """Rewrite the lease with the next counter, or note that a higher one is there. The thread's one step."""
-        if self.run.exists(self._key(self._number + 1)):
-            holder = self.run.read_json(self._key(self._number + 1))
-            self._lost = f"was taken over by {holder['driver']} (process {holder['pid']} on {holder['host']})"
-            return
-        self._counter += 1
-        self.run.replace(self._key(self._number), self._content(released=False))
-        self._alive_at = self.clock()
-
-    def _keep(self) -> None:
-        while self._lost is None and not self._stop.wait(BEAT):
-            try:
-                self.beat()
-            except OSError:
-                continue  # the next beat may succeed; `check` gives up after a minute without one
-
-    def _wait_until_free(self, number: int, holder: dict[str, Any]) -> None:
-        """Return once the highest lease is free. RunBusy at its holder's first sign of life."""
-        since = self.clock()
-        counter = holder["counter"]
-        while not self._is_free(holder) and self.clock() - since < PATIENCE:
-            self.sleep(POLL)
-            latest, holder = self._highest_of(number)
-            if latest != number or holder["counter"] != counter:
-                raise self._busy(holder)
-
-    def _is_free(self, holder: dict[str, Any]) -> bool:
-        if holder["released"]:
-            return True
-        if holder["host"] != self.host:
-            return False
-        started = _started_at(holder["pid"])
-        return started is None or holder["started"] is None or abs(started - holder["started"]) > SAME_PROCESS
-
-    def _highest(self) -> tuple[int, dict[str, Any] | None]:
-        numbers = _lease_numbers(self.run)
-        if not numbers:
-            return -1, None
-        return max(numbers), self.run.read_json(self._key(max(numbers)))
-
-    def _highest_of(self, number: int) -> tuple[int, dict[str, Any]]:
-        latest, holder = self._highest()
-        if holder is None:
-            raise OSError(f"{self.run.uri}/{self._key(number)} is missing: leases must not be deleted. Run again.")
-        return latest, holder
-
-    def _busy(self, holder: dict[str, Any]) -> RunBusy:
-        by = f"{holder['driver']} (process {holder['pid']} on {holder['host']})"
-        return RunBusy(f"{self.run.uri} is being worked on by {by}. Wait until it ends or stop it, or use another run.")
-
-    def _content(self, released: bool) -> bytes:
-        return to_json(
-            {
-                "driver": self.driver,
-                "host": self.host,
-                "pid": self.pid,
-                "started": _started_at(self.pid),
-                "nonce": self.nonce,
-                "counter": self._counter,
-                "time": round(time.time(), 3),  # for people; no two clocks are compared
-                "released": released,
-            }
-        )
-
-    def _key(self, number: int) -> str:
-        return f"{LEASES}/lease.{number}"
-
-
-def _lease_numbers(run: Location) -> list[int]:
-    return [int(key.rpartition(".")[2]) for key in run.list(LEASES) if "/lease." in key]
-
-
-def _started_at(pid: int) -> float | None:
-    """Return when a process of this host began, so that a number used again is not taken for it; None if it is gone."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.NoSuchProcess:
-        return None
 
 
 class EventLog:

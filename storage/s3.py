@@ -8,22 +8,25 @@ import errno
 import functools
 import io
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 
 import boto3
 import obstore
 from obstore.auth.boto3 import Boto3CredentialProvider
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 READ_AHEAD = 1 << 20  # bytes asked for at least per request
+WAITS = (0.1, 0.4, 1.6, 6.4)  # seconds before a create-only put, a delete or a listing is tried again
+Found = TypeVar("Found")
 ENVIRONMENT = (
     "AWS_ENDPOINT_URL_S3",
     "AWS_ENDPOINT_URL",
@@ -58,7 +61,7 @@ def create(address: str, data: bytes) -> bool:
     store, key = _open(address)
     try:
         with _named(address):
-            obstore.put(store, key, data, mode="create", use_multipart=False)
+            _again(lambda: obstore.put(store, key, data, mode="create", use_multipart=False))
     except FileExistsError:
         return False
     return True
@@ -83,7 +86,7 @@ def delete(address: str) -> None:
     """Remove an object; one that is not there is fine."""
     store, key = _open(address)
     with _named(address):
-        obstore.delete(store, key)
+        _again(lambda: obstore.delete(store, key))
 
 
 def staging_folder(address: str) -> None:
@@ -100,8 +103,8 @@ def list_versions(address: str) -> list[tuple[str, int, str]]:
     store, prefix = _open(address)
     lead = f"{prefix}/" if prefix else ""
     with _named(address):
-        batches = obstore.list(store, prefix=lead or None, chunk_size=1000)
-        entries = [entry for batch in batches for entry in batch]
+        batches = _again(lambda: list(obstore.list(store, prefix=lead or None, chunk_size=1000)))
+    entries = [entry for batch in batches for entry in batch]
     return sorted((entry["path"].removeprefix(lead), entry["size"], entry["e_tag"] or "") for entry in entries)
 
 
@@ -170,6 +173,20 @@ def _store(bucket: str, environment: tuple[str | None, ...]) -> S3Store:
         client_options={"allow_http": endpoint.startswith("http://")},
         retry_config={"max_retries": 10, "retry_timeout": timedelta(minutes=3)},
     )
+
+
+def _again(operation: Callable[[], Found]) -> Found:
+    """Return the result of an operation that may be done twice, done again after WAITS if its connection breaks.
+
+    obstore itself tries again what HTTP calls idempotent, so neither a create-only put nor a delete, nor a listing that is
+    cut off. A put that then finds its own object says so, as one that finds another's does, and their bytes are compared.
+    """
+    for wait in WAITS:
+        try:
+            return operation()
+        except GenericError:
+            time.sleep(wait)
+    return operation()
 
 
 @contextmanager

@@ -4,10 +4,16 @@ from actors.cluster import WorkerPlan, worker_plan
 
 
 def test_gpus_come_first() -> None:
-    assert worker_plan("auto", "auto", {"CPU": 16, "GPU": 2}) == WorkerPlan(2, 1.0, 1.0)
-    assert worker_plan("auto", "cpu", {"CPU": 16, "GPU": 2}) == WorkerPlan(16, 1.0, 0.0)
-    assert worker_plan("auto", "auto", {"CPU": 16}) == WorkerPlan(16, 1.0, 0.0)
-    assert worker_plan(5, "auto", {"CPU": 2, "GPU": 0}) == WorkerPlan(5, 1.0, 0.0)
+    assert worker_plan("auto", "auto", {"CPU": 16, "GPU": 2}) == WorkerPlan(2, 1.0, 1.0, 2)
+    assert worker_plan("auto", "cpu", {"CPU": 16, "GPU": 2}) == WorkerPlan(16, 1.0, 0.0, 16)
+    assert worker_plan("auto", "auto", {"CPU": 16}) == WorkerPlan(16, 1.0, 0.0, 16)
+    assert worker_plan(5, "auto", {"CPU": 2, "GPU": 0}) == WorkerPlan(5, 1.0, 0.0, 5)
+
+
+def test_a_range_follows_the_cluster_and_may_begin_without_what_it_asks_for() -> None:
+    workers = {"min": 2, "max": 64}
+    assert worker_plan(workers, "auto", {"CPU": 2, "GPU": 0}) == WorkerPlan(2, 1.0, 0.0, 64)
+    assert worker_plan(workers, "cuda", {"CPU": 2, "GPU": 0}) == WorkerPlan(2, 1.0, 1.0, 64)
 
 
 def test_what_is_not_there_is_refused() -> None:

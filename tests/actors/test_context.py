@@ -6,7 +6,7 @@ import torch
 
 from actors.context import CheckpointSource, WorkerContext, make_task, named_parameters
 from actors.specs import CheckpointSpec, GradientSpec, ModelSpec
-from actors.states import load_state, save_state, state_key
+from actors.states import open_state, save_state, state_key
 from engine.methods.contract import QueryState
 from engine.projection import Projection
 from storage.checkpoints import fingerprint
@@ -75,7 +75,7 @@ def test_states_are_kept_within_their_bytes(context: WorkerContext, monkeypatch:
         for i in range(4):
             context.run.create(state_key(label, f"c{i}"), save_state(state(float(i))))
     read: list[str] = []
-    monkeypatch.setattr("actors.context.load_state", lambda run, *at: (read.append(at[1]), load_state(run, *at))[1])
+    monkeypatch.setattr("actors.context.open_state", lambda run, *at: (read.append(at[1]), open_state(run, *at))[1])
     monkeypatch.setattr("actors.context.STATE_BYTES", 2 * size)
     for _ in range(3):
         for i in range(4):

@@ -161,6 +161,34 @@ def test_a_replacement_that_stays_pending_is_only_a_warning_while_others_work(
 
 
 @cluster_test
+def test_workers_beyond_the_least_come_when_there_is_room(local_ray: None, tmp_path: Path) -> None:
+    """Four CPUs: of three workers that take two each, one must stay out, and is no error however long it waits."""
+    clock, stage, journal = Clock(), toy_stage("double", tmp_path, units=6), MemoryJournal()
+    with RayPool(ToyWorker, 1, cpus=2.0, most=3, clock=clock) as pool:
+        assert pool.size == 1
+        deadline = time.monotonic() + 60
+        while len(pool.workers) < 2:
+            assert time.monotonic() < deadline
+            pool.wait(0.5)
+        clock.now = 10_000.0
+        run_stage(pool, stage, journal, clock=clock)
+        assert len(pool.workers) == 2
+        assert {name.partition("@")[0] for name in pool.workers} < {f"worker-{n}.0" for n in range(3)}
+    assert len(journal.records) == 6
+
+
+@cluster_test
+def test_an_elastic_pool_waits_longer_for_its_least(local_ray: None) -> None:
+    clock = Clock()
+    with RayPool(ToyWorker, 1, gpus=1.0, most=2, clock=clock) as pool:
+        clock.now = 899.0
+        assert pool.wait(0.01) == []
+        clock.now = 901.0
+        with pytest.raises(PoolError, match="of 1 is still pending after 901 s"):
+            pool.wait(0.01)
+
+
+@cluster_test
 def test_a_lost_node_blames_no_unit_and_the_others_go_on(tmp_path: Path) -> None:
     """In a process of its own: a process is connected to one cluster only."""
     script = Path(__file__).with_name("lose_a_node.py")

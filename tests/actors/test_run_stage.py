@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,53 @@ def test_too_many_bad_rows_stop_also_on_a_rerun(tmp_path: Path) -> None:
     with pytest.raises(StageStopped, match="1 of 60 rows are not finite: id 2: the loss"):
         run_stage(pool, stage, journal)
     assert run_stage(pool, stage, journal, limits=Limits(max_bad_fraction=0.02)).quarantined == {2: "the loss"}
+
+
+class Shared:
+    """The claims of one of two drivers: some units are the other's, who finishes them or leaves."""
+
+    def __init__(self, others: dict[str, bool]) -> None:
+        self.others = others  # unit, and whether it is finished there
+        self.looked = 0
+
+    def take(self, unit_key: str) -> bool:
+        return unit_key not in self.others
+
+    def look(self, units: Iterable[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        self.looked += 1
+        if self.looked == 1:
+            return {}, []  # the other one is still at it
+        asked = list(units)
+        done = {unit: {"rows": 10} for unit in asked if self.others[unit]}
+        free = [unit for unit in asked if not self.others.pop(unit)]
+        return done, free
+
+
+def test_units_of_another_driver_are_waited_for_and_taken_if_it_leaves(tmp_path: Path) -> None:
+    stage, journal = toy_stage("double", tmp_path), MemoryJournal()
+    claims, slept = Shared({"u0": True, "u3": False, "u5": True}), list[float]()
+    out = io.StringIO()
+    progress = StageProgress(Console(file=out, width=200))
+    pool = InProcessPool(ToyWorker, 2)
+    report = run_stage(pool, stage, journal, progress, claims=claims, sleep=slept.append)
+    assert sorted(journal.records) == ["u1", "u2", "u3", "u4"]
+    assert (report.units, report.skipped, report.rows) == (6, 2, 40)
+    assert slept, "it sleeps while the rest is with others"
+    assert "toy: done, 60 rows" in out.getvalue()
+
+
+def test_a_stage_that_another_driver_never_ends_stops(tmp_path: Path) -> None:
+    slept = [0.0]
+    with pytest.raises(StageStopped, match="Running: nothing, 1 units are with other drivers"):
+        run_stage(
+            InProcessPool(ToyWorker), toy_stage("double", tmp_path), MemoryJournal(), clock=lambda: sum(slept),
+            poll_seconds=100.0, claims=Forever(), sleep=slept.append,
+        )  # fmt: skip
+
+
+class Forever:
+    def take(self, unit_key: str) -> bool:
+        return unit_key != "u0"
+
+    def look(self, units: Iterable[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        return {}, []

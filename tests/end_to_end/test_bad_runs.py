@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from launch.run import Run
-from storage import journal, local
-from storage.journal import RunLease
+from storage import leases, local
+from storage.leases import RunLease
 from storage.locations import Location, to_json
 from storage.run_format import NewerFormat
 from tests.conftest import tiny_bert
@@ -244,11 +244,13 @@ def test_a_run_folder_that_cannot_be_written(settings: Settings, told: Told, tmp
     assert "location 'ftp://x/y' is not allowed" in told(small(settings, run="ftp://x/y"))
 
 
-def test_a_run_that_another_live_process_holds(settings: Settings, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "BEAT", 0.01)
-    monkeypatch.setattr(journal, "POLL", 0.05)
+def test_a_run_that_another_live_process_wants_alone(
+    settings: Settings, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT", 0.01)
+    monkeypatch.setattr(leases, "POLL", 0.05)
     config = small(settings)
-    with RunLease(Location.parse(config["run"]), driver="first"):
+    with RunLease(Location.parse(config["run"]), driver="first", alone=True):
         message = told(config)
     assert f"is being worked on by first (process {os.getpid()} on" in message
     assert "Wait until it ends or stop it, or use another run." in message

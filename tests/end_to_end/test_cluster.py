@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from launch import Run, job
-from storage.journal import PATIENCE
+from storage.journal import Journal
+from storage.leases import PATIENCE
 from tests.end_to_end import drivers
 from tests.end_to_end.answers import dense, digests, events, oracle_scores
 from tests.end_to_end.conftest import Settings, run_job, tiny_job
@@ -91,7 +92,7 @@ def test_a_worker_killed_in_the_middle_of_collect_changes_nothing(
     lost = [event for event in events(run) if event["kind"] == "lost"]
     assert [event["stage"] for event in lost] == ["collect-train"]
     assert killed[0] != os.getpid()
-    assert len(run.location.list("journal/collect-train")) == UNITS
+    assert len(Journal(run.location, "collect-train").done()) == UNITS
 
 
 def test_a_killed_driver_then_an_interrupted_one_then_the_end(

@@ -14,7 +14,7 @@ from launch.service.catalog import Catalog, RunView
 from storage.corpus import Corpus
 from storage.gradients import ERASED, GradientStore
 from storage.index import ScoreIndex
-from storage.journal import RunLease
+from storage.leases import RunLease
 from storage.verify import verify
 from tests.end_to_end.answers import dense
 from tests.end_to_end.conftest import Settings, run_job, sentence

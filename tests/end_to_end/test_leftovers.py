@@ -12,7 +12,8 @@ from launch import job
 from launch.run import Run
 from storage.corpus import Corpus
 from storage.gradients import RowBlock
-from storage.journal import LeaseLost, RunLease
+from storage.journal import Journal
+from storage.leases import LeaseLost, RunLease, UnitClaims
 from tests.end_to_end.answers import digests
 from tests.end_to_end.conftest import Settings, run_job
 
@@ -65,8 +66,10 @@ def test_a_dead_drivers_worker_leaves_the_next_ones_objects_alone(
     unit = last_unit(run)
     run.location.delete(f"journal/collect-train/{unit.key}/done.0")  # the next driver has written it, not yet noted it
     monkeypatch.setattr(collect, "shard_gradients", other_bytes)
-    with RunLease(run.location), pytest.raises(LeaseLost, match="another driver has taken"):
-        collect.collect_unit(WorkerContext(run.location.uri), settings_of["collect"], unit)
+    with RunLease(run.location) as lease:
+        assert UnitClaims(lease, Journal(run.location, "collect-train")).take(unit.key)
+        with pytest.raises(LeaseLost, match="another driver has taken unit"):
+            collect.collect_unit(WorkerContext(run.location.uri), settings_of["collect"], unit)
     assert digests(run, "gradients") == before
 
 

@@ -10,7 +10,8 @@ from launch.run import Run
 from launch.score import query_command
 from launch.stage_records import LeasedJournal
 from storage.gradients import StoreMismatch
-from storage.journal import Journal, LeaseLost
+from storage.journal import Journal
+from storage.leases import LeaseLost
 from storage.locations import Location
 from tests.end_to_end.answers import digests
 from tests.end_to_end.conftest import Settings, run_job

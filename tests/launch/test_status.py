@@ -8,7 +8,7 @@ import pytest
 
 from launch import status
 from launch.run import Run
-from storage.journal import RunLease
+from storage.leases import RunLease
 from storage.locations import Location
 from tests.end_to_end.conftest import Settings, run_job
 
@@ -27,7 +27,7 @@ def test_a_finished_run(settings: Settings, capsys: pytest.CaptureFixture[str]) 
     run = run_job(settings())
     code, out = told(run, capsys, verify=True)
     report = json.loads(out)
-    assert (code, report["state"], report["healthy"], report["driver"]) == (0, "finished", True, None)
+    assert (code, report["state"], report["healthy"], report["drivers"]) == (0, "finished", True, [])
     collect = next(stage for stage in report["stages"] if stage["stage"] == "collect-train")
     assert (collect["done"], collect["units"], collect["rows"], collect["bad"], collect["damaged"]) == (9, 9, 135, 0, 0)
     assert 0 <= collect["age"] < 300
@@ -68,8 +68,9 @@ def test_who_works_on_it(settings: Settings, capsys: pytest.CaptureFixture[str])
     run = run_job(settings())
     with RunLease(run.location, "driver"):
         report = json.loads(told(run, capsys)[1])
-        assert (report["state"], report["driver"]["pid"], report["driver"]["gone"]) == ("running", os.getpid(), False)
-        assert f"held by driver (process {os.getpid()} on" in " ".join(told(run, capsys, as_json=False)[1].split())
+        [driver] = report["drivers"]
+        assert (report["state"], driver["pid"], driver["gone"]) == ("running", os.getpid(), False)
+        assert f"driver driver (process {os.getpid()} on" in " ".join(told(run, capsys, as_json=False)[1].split())
 
 
 def test_a_place_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import boto3
 import pytest
 
+from launch.experiments.s3_server import KEYS, s3_server
 from storage.locations import Location
-from tests.storage.s3_server import KEYS, s3_server
 
 BUCKETS = itertools.count()
 

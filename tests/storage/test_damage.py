@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from storage.damage import DamagedObject, check_object, in_parallel, mark_damaged, read_checked
+from storage.damage import DamagedObject, check_object, in_parallel, mark_damaged, noting_damage, read_checked
 from storage.journal import Journal
 from storage.locations import Location, ObjectRecord
 
@@ -58,9 +58,13 @@ def test_what_is_wrong_is_said(place: Location, harm: Callable[[Location], None]
     assert read_checked(place, "s", "u", "x") == b"abcd"
     harm(place)
     assert said in str(check_object(place, record))
-    with pytest.raises(DamagedObject, match=f"{said}.* It is of unit u of stage s. Run the job of .* again") as caught:
+    again = f"{said}.* It is of unit u of stage s. Run the job of .* again"
+    with pytest.raises(DamagedObject, match=again), noting_damage(Location.parse("/another/run")):
         read_checked(place, "s", "u", "x")
-    caught.value.mark()
+    assert Journal(place, "s").damaged() == [], "it is left to the job of the run that has it"
+    with pytest.raises(DamagedObject, match=again), noting_damage(place):
+        read_checked(place, "s", "u", "x")
+    assert Journal(place, "s").damaged() == ["u"]
     with pytest.raises(DamagedObject, match="was found damaged"):
         read_checked(place, "s", "u", "x")
 

@@ -1,17 +1,14 @@
-"""What is done stays done; one driver at a time; no test waits for a real clock."""
+"""What is done stays done; events are kept in order; no test waits for a real clock."""
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from storage.journal import EventLog, Journal, LeaseLost, RunBusy, RunLease
+from storage.journal import EventLog, Journal
 from storage.locations import Location
-
-NOBODY = 2**22 + 1  # above the largest process number that Linux gives
 
 
 def test_units_are_done_once_committed(place: Location) -> None:
@@ -87,118 +84,14 @@ def test_odd_keys_are_refused(run: Location, key: str) -> None:
 class Clock:
     def __init__(self) -> None:
         self.now = 0.0
-        self.on_sleep: Callable[[], None] = lambda: None
 
     def __call__(self) -> float:
         return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        self.on_sleep()
 
 
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-def lease(run: Location, clock: Clock, driver: str = "second", **fields: Any) -> RunLease:
-    return RunLease(run, driver, clock=clock, sleep=clock.sleep, **fields)
-
-
-def test_a_run_has_one_driver_at_a_time(place: Location, clock: Clock) -> None:
-    with lease(place, clock, "first") as first:
-        clock.on_sleep = first.beat
-        with (
-            pytest.raises(RunBusy, match=rf"worked on by first \(process {os.getpid()} on .*\)\. Wait until it ends"),
-            lease(place, clock),
-        ):
-            pass
-        assert clock.now < 60
-        first.check()
-    with lease(place, clock):
-        pass
-    assert place.list("journal/run") == ["journal/run/lease.0", "journal/run/lease.1"]
-    assert [place.read_json(key)["released"] for key in place.list("journal/run")] == [True, True]
-
-
-def test_the_lease_is_released_after_an_error(run: Location, clock: Clock) -> None:
-    with pytest.raises(KeyError), lease(run, clock):
-        raise KeyError
-    with lease(run, clock):
-        pass
-    assert clock.now == 0
-
-
-def abandoned(run: Location, clock: Clock, **fields: Any) -> RunLease:
-    """A lease whose driver died without releasing it."""
-    first = lease(run, clock, "first", **fields)
-    first.__enter__()
-    first._stop.set()
-    return first
-
-
-def test_a_dead_process_of_this_host_frees_it_at_once(run: Location, clock: Clock) -> None:
-    abandoned(run, clock, pid=NOBODY)
-    with lease(run, clock):
-        assert clock.now == 0
-
-
-def test_a_process_number_used_again_is_not_the_holder(run: Location, clock: Clock) -> None:
-    abandoned(run, clock)
-    content = run.read_json("journal/run/lease.0")
-    run.replace(
-        "journal/run/lease.0", str({**content, "started": 1.0}).replace("'", '"').replace("False", "false").encode()
-    )
-    with lease(run, clock):
-        assert clock.now == 0
-
-
-@pytest.mark.parametrize("fields", [{"host": "elsewhere", "pid": NOBODY}, {}])
-def test_a_counter_that_stands_still_for_a_minute_frees_it(run: Location, clock: Clock, fields: dict[str, Any]) -> None:
-    abandoned(run, clock, **fields)
-    with lease(run, clock):
-        assert 60 <= clock.now <= 64
-
-
-def test_a_counter_that_moves_late_keeps_it(run: Location, clock: Clock) -> None:
-    first = abandoned(run, clock, host="elsewhere")
-    clock.on_sleep = lambda: first.beat() if clock.now == 58 else None
-    with pytest.raises(RunBusy, match="on elsewhere"), lease(run, clock):
-        pass
-
-
-def test_a_holder_that_was_taken_over_stops(run: Location, clock: Clock) -> None:
-    first = abandoned(run, clock, host="elsewhere")
-    with lease(run, clock):
-        before = run.read("journal/run/lease.0")
-        first.beat()
-        with pytest.raises(LeaseLost, match=r"of first on .* was taken over by second \(process"):
-            first.check()
-        assert run.read("journal/run/lease.0") == before
-    first.__exit__(None, None, None)
-    assert run.read_json("journal/run/lease.0")["released"] is False
-
-
-def test_a_holder_that_cannot_write_for_a_minute_stops(run: Location, clock: Clock) -> None:
-    with lease(run, clock) as held:
-        clock.now = 59
-        held.check()
-        held.beat()
-        clock.now = 118
-        held.check()
-        clock.now = 120
-        with pytest.raises(LeaseLost, match="could not be rewritten for 60 s"):
-            held.check()
-
-
-def test_two_who_find_it_free_cannot_both_have_it(run: Location, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    second = lease(run, clock)
-    highest = second._highest()
-    with lease(run, clock, "first"):
-        monkeypatch.setattr(second, "_highest", lambda: highest)
-        with pytest.raises(RunBusy, match="worked on by first"):
-            second.__enter__()
 
 
 def written(run: Location) -> list[dict[str, Any]]:

@@ -1,13 +1,16 @@
 """S3 as boto3 finds it; everything a location does is tested on it in test_locations.py."""
 
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 
+from launch.experiments.tcp_proxy import Fault, TcpProxy
 from storage import local, s3
-from storage.locations import Location
+from storage.locations import Location, ObjectConflict
 
 
 def test_the_bucket_is_the_one_boto3_sees(bucket: str) -> None:
@@ -93,3 +96,53 @@ def test_a_fetch_that_arrives_altered_is_refused_and_made_anew(bucket: str, tmp_
     with pytest.raises(OSError, match=r"a\.bin did not arrive whole \(10 of 10 bytes, MD5"):
         source.fetch(tmp_path)
     assert (source.fetch(tmp_path) / "a.bin").read_bytes() == b"0123456789"
+
+
+@pytest.fixture
+def proxied(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TcpProxy, Location]]:
+    """A bucket behind a proxy that spoils requests."""
+    with TcpProxy(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        place = Location.parse(f"s3://{bucket}/run")
+        place.create("old", b"there before")
+        yield proxy, place
+
+
+@pytest.mark.parametrize("fault", ["reset", "lost", "cut", "busy"])
+def test_a_broken_connection_ends_no_operation(
+    proxied: tuple[TcpProxy, Location], fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "WAITS", (0.0, 0.0))
+    proxy, place = proxied
+    operations: list[tuple[Callable[[], Any], Any]] = [
+        (lambda: place.create("new", b"1"), None),
+        (lambda: place.replace("old", b"2"), None),
+        (lambda: place.read("old"), b"2"),
+        (lambda: place.list(), ["new", "old"]),
+        (lambda: place.delete("old"), None),
+        (lambda: place.exists("old"), False),
+        (lambda: place.read("new"), b"1"),
+    ]
+    for operation, answer in operations:
+        proxy.spoil(fault)
+        assert operation() == answer
+    assert proxy.spoiled == len(operations)
+
+
+def test_a_put_whose_answer_is_lost_still_sees_another_writers_object(proxied: tuple[TcpProxy, Location]) -> None:
+    proxy, place = proxied
+    proxy.spoil("lost")
+    with pytest.raises(ObjectConflict, match="another writer made it"):
+        place.create("old", b"other bytes")
+    assert place.read("old") == b"there before"
+
+
+def test_a_connection_that_always_breaks_is_said(
+    proxied: tuple[TcpProxy, Location], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "WAITS", (0.0,))
+    proxy, place = proxied
+    for _ in range(2):
+        proxy.spoil("reset")
+    with pytest.raises(OSError, match="error sending request"):
+        place.create("new", b"1")

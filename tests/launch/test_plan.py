@@ -1,0 +1,177 @@
+"""What is foretold of a job against what the job then leaves and takes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launch import estimate, forecast
+from launch.config import load_config, make_config
+from launch.estimate import assumed_seconds, index_rows, measured_seconds
+from launch.footprint import Size
+from launch.forecast import Times
+from launch.job import score
+from launch.plan import plan, refuse_unfit
+from launch.probe import Probe, StageTime, count
+from storage.journal import Journal
+from storage.locations import Location
+from tests.end_to_end.conftest import QUERIES, ROWS, Settings
+
+BILLION = Path(__file__).parents[2] / "configs" / "cluster" / "billion-words.yaml"
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.probe.BATCHES", 0)  # as few rows as a probe takes: 32 of 45
+
+
+def left(run: Location, folder: str) -> int:
+    return sum(run.size(key) for key in run.list(folder))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{}, {"gradients": {"store": False, "projection": "none", "norms": True}}, {"method": {"name": "gradient-cosine"}}],
+    ids=["store", "no store", "one checkpoint"],
+)
+def test_units_and_bytes_are_those_of_the_job(settings: Settings, sections: dict[str, Any]) -> None:
+    config = make_config(settings(**sections))
+    made = plan(config)
+    score(config, lambda _: None)
+    run = Location(config.run.uri)
+    assert made.size == Size(ROWS, made.size.tokens, QUERIES, 3, 16)
+    assert sum(s["tokens"] for s in _segments(run)) == made.size.tokens
+    for stage, units in made.units.items():
+        name = f"{stage}-{'train' if stage == 'collect' else 'scores'}"
+        assert len(Journal(run, name).done()) == units
+    if made.bytes["gradients"]:
+        assert made.bytes["gradients"] == left(run, "gradients") - run.size("gradients/store.json")
+    assert made.bytes["scores"] == left(run, "scores")
+    answers = run.size("states/scores/answers.json")
+    assert abs(made.bytes["states"] - left(run, "states")) <= 0.2 * answers, "all but the answers' texts is exact"
+    whole = left(run, "")
+    assert abs(sum(made.bytes.values()) - whole) <= 0.05 * whole
+
+
+def _segments(run: Location) -> list[dict[str, Any]]:
+    return [run.read_json(key) for key in run.list("corpus/train") if key.endswith("segment.json")]
+
+
+def test_the_probe_leaves_nothing_behind(settings: Settings, tmp_path: Path) -> None:
+    before = {*os.listdir("/tmp")}
+    made = plan(make_config(settings()))
+    assert not {name for name in {*os.listdir("/tmp")} - before if name.startswith("influence-plan-")}
+    assert not (tmp_path / "run").exists()
+    assert json.loads(json.dumps(made.record()))["times"][0]["device"] == "this machine"
+
+
+PROBE = Probe(
+    rows=80, tokens=800, queries=10, checkpoints=2, shard_rows=10,
+    stages={
+        "ingest": StageTime(0.9), "start": StageTime(5.0), "collect": StageTime(20.0, each=1.0, once=2.0, units=16),
+        "prepare": StageTime(4.0, units=2), "score": StageTime(1.7, each=0.2, once=0.1, units=8),
+        "other": StageTime(0.0), "index": StageTime(1.0),
+    },
+    bytes={}, store=None, seen={}, peak_memory=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_times_grow_with_the_work_and_are_shared(workers: int) -> None:
+    size = Size(rows=800, tokens=16_000, queries=20, checkpoints=3, shard_rows=100)
+    seconds = measured_seconds(PROBE, size, 3, 5, workers)
+    assert seconds["ingest"] == pytest.approx(0.9 * 820 / 90)
+    assert seconds["start"] == 5.0
+    # a token took 8 s / 800; 16,000 are under each checkpoint, which every worker also loads
+    assert seconds["collect"] == pytest.approx(3 * (2.0 + 160 / workers))
+    assert seconds["prepare"] == pytest.approx(2.0 * 2 * -(-3 // workers))
+    # 8 × 0.2 s for 80 rows, 10 queries, 2 checkpoints
+    assert seconds["score"] == pytest.approx(0.1 + 1.6 * 10 * 2 * 1.5 / workers)
+    assert seconds["index"] == pytest.approx(index_rows(800, 20, 5) / index_rows(80, 10, 5))
+
+
+def test_the_last_round_of_units_is_as_long_as_the_others() -> None:
+    size = Size(rows=300, tokens=3000, queries=10, checkpoints=2, shard_rows=100)
+    alone, shared = (measured_seconds(PROBE, size, 2, 5, n)["collect"] for n in (1, 2))
+    assert alone == pytest.approx(2 * (2 + 30))
+    assert shared == pytest.approx(2 * (2 + 20)), "three units by two workers take two rounds"
+
+
+def test_what_is_not_measured_follows_the_figures() -> None:
+    size = Size(rows=100, tokens=1000, queries=10, checkpoints=2, shard_rows=10)
+    assumed = {"efficiency": 0.5, "storage": 1e6, "index_rows": 100.0, "start": 7.0}
+    seconds = assumed_seconds(size, 1, 5, 1e6, 1e8, 1e4, 4_000_000, assumed, 2)
+    assert seconds["collect"] == pytest.approx(2 * (20 / 2 + 4))
+    slower = assumed_seconds(size, 1, 5, 1e6, 1e8, 1e6, 4_000_000, assumed, 2)
+    assert slower["collect"] == pytest.approx(2 * (100 / 2 + 4)), "storage is what takes longest"
+    assert seconds["score"] == pytest.approx(1e4 * 100 / 1e6 / 2)
+    without = assumed_seconds(size, 1, 5, 1e6, 1e8, 0, 4_000_000, assumed, 2)
+    assert without["compute"] == pytest.approx(20 / 2 + 4)
+
+
+def test_a_billion_words_plan_without_gpu_or_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", None)
+    made = plan(load_config(str(BILLION)))
+    assert made.probe is None
+    assert made.units == {"collect": 2 * 5087, "prepare": 2, "score": 5087}
+    assert {(one.device, one.workers) for one in made.times} == {
+        (d, n) for d in ("l4", "a100", "h100") for n in (1, 8, 64)
+    }
+    hours = {(one.device, one.workers): one.total / 3600 for one in made.times}
+    assert hours["h100", 64] < hours["h100", 8] < hours["h100", 1] < hours["a100", 1] < hours["l4", 1]
+    shape = estimate.build_shape("causal-lm", load_config(str(BILLION)).plan.model or {}, 1024)
+    weights = shape.size - 2048 * 50304  # the embedding is looked up, not multiplied with
+    products = 4 * weights * 1.0  # forward and activation-only backward
+    attention = 24 * 4 * 1024 * 2048 * 3
+    assert shape.flops_a_token() == pytest.approx(products + attention, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["plan.examples=null"], "plan.model needs plan.examples, plan.tokens and plan.queries"),
+        (["plan.devices=[gtx]"], "plan.devices='gtx' is not known: one of l4, a100, h100, h200"),
+        (["task.name=image-classification", "task.settings=null"], "plan.model is not allowed with task image-class"),
+    ],
+)
+def test_mistakes_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        plan(load_config(str(BILLION), overrides))
+    assert message in str(error.value)
+
+
+def test_a_model_larger_than_every_device_is_refused() -> None:
+    large = ["plan.model.num_hidden_layers=16", "plan.model.hidden_size=16384", "plan.model.intermediate_size=131072"]
+    with pytest.raises(ValueError, match=r"a worker needs .* GiB, the largest device \(a100\) has 80.0 GiB: set"):
+        plan(load_config(str(BILLION), large))
+
+
+def test_a_run_larger_than_the_disk_is_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(settings())
+    fits = SimpleNamespace(
+        times=[Times("this machine", 1, {}, 1, 2)], bytes={"gradients": 3 << 30}, temporary=1 << 30, size=None
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 << 30))
+    refuse_unfit(config, fits)  # type: ignore[arg-type]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 << 30))
+    with pytest.raises(ValueError, match=r"will hold 4.0 GiB, .* has 3.0 GiB free: set a smaller gradients.dim"):
+        refuse_unfit(config, fits)  # type: ignore[arg-type]
+
+
+def test_a_long_corpus_is_counted_from_a_part(
+    settings: Settings, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(settings())
+    task = forecast.make_task(
+        forecast.model_spec(config, lambda _: None)[0], inputs / "model" / "checkpoint-10", inputs
+    )
+    exact = count(config.corpus, task)
+    assert exact.examples == ROWS
+    monkeypatch.setattr("launch.probe.COUNTED", 15)
+    part = count(config.corpus, task)
+    assert part.examples == ROWS
+    assert part.tokens == pytest.approx(exact.tokens, rel=0.3)
