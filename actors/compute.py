@@ -3,7 +3,8 @@
 A unit is (checkpoint, shard) and leaves one block [n, Q], which score.py adds up. Unprojected, no row is ever made: each
 module's gradients are multiplied with the queries' inside the backward pass, and along the inverse-curvature product of a
 single query the loss is differentiated by forward mode (1.5 times as fast for one query, slower from two on, measured on
-MiniLM). Where a state names candidates, only they are read.
+MiniLM). Where a state names candidates, only they are read. A state that is larger than a worker holds is read in windows
+of queries, with a pass over the shard for each.
 """
 
 from collections.abc import Callable
@@ -34,21 +35,24 @@ def compute_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     """Compute one shard's block under one checkpoint from its examples."""
     model, spec, score = settings["model"], settings["gradients"], settings["score"]
     at = unit.payload
-    state = context.state(score.label, at["checkpoint"])
+    asked = context.state(score.label, at["checkpoint"])
     onto = spec.projection.kind == "none"
     method, task = load_method(score.method, score.method_settings), context.task(model)
-    ids = scored_ids(context, score, at, state)
+    ids = scored_ids(context, score, at, asked)
     rows = context.rows_of(score.home, score.corpus, ids)
     lengths = np.array([row["length"] for row in rows], dtype=np.int64)
-    block = empty_block(len(rows), len(state.losses))
+    block = empty_block(len(rows), len(asked.losses))
     bad: dict[int, str] = {}
     gone = np.isin(ids, list(context.corpus(score.home, score.corpus).erased()))
     block["state"][gone] = ERASED
-    for positions in live_batches(rows, gone, spec.token_budget):
-        gradients, layout = gradients_of(context, settings, at["checkpoint"], state)
-        out = gradients(task.loss, task.collate([rows[i] for i in positions]).to(context.device))
-        fill(block, positions, out, method.score(rows_of(out, spec, onto), state))
-        bad |= {int(positions[i]): where for i, where in nonfinite(out, layout).items()}
+    first = 0
+    for state in context.state_windows(score.label, at["checkpoint"]):  # all queries, unless they do not fit in memory
+        for positions in live_batches(rows, gone, spec.token_budget):
+            gradients, layout = gradients_of(context, settings, at["checkpoint"], state)
+            out = gradients(task.loss, task.collate([rows[i] for i in positions]).to(context.device))
+            fill(block, positions, first, out, method.score(rows_of(out, spec, onto), state))
+            bad |= {int(positions[i]): where for i, where in nonfinite(out, layout).items()}
+        first += len(state.losses)
     block["state"][list(bad)] = QUARANTINED
     written = put(context, settings, unit, block_key(score.label, at), safetensors.numpy.save(block))
     return receipt_of(unit, ids, int(lengths.sum()), bad, [written])
@@ -102,9 +106,11 @@ def rows_of(out: GradientBatch, spec: GradientSpec, onto: bool) -> Rows:
     return Rows(out.ids, arrays, norms, spec.parameters)
 
 
-def fill(block: dict[str, np.ndarray], positions: np.ndarray, out: GradientBatch, scored: ScoreBlock) -> None:
-    """Put one batch into its lines of the block."""
-    block["scores"][positions] = scored.scores.double().numpy()
+def fill(
+    block: dict[str, np.ndarray], positions: np.ndarray, first: int, out: GradientBatch, scored: ScoreBlock
+) -> None:
+    """Put one batch into its lines of the block, from query `first` on."""
+    block["scores"][positions, first : first + scored.scores.shape[1]] = scored.scores.double().numpy()
     block["losses"][positions] = out.losses.cpu().numpy()
     if scored.self_influence is not None:
         block["self_influence"][positions] = scored.self_influence.numpy()

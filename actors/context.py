@@ -6,34 +6,40 @@ of them again and again, holds all. Nothing here decides anything.
 
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from actors.held_curvature import HeldCurvature
 from actors.plan import shard_key
 from actors.specs import FOLDERS, CurvatureSpec, GradientSpec, ModelSpec
-from actors.states import load_state
+from actors.states import SavedState, head_figures_key, head_key, in_windows, open_state
 from engine.adapters import adapter_base, is_adapter
 from engine.batches import Batch
 from engine.coordinates import chosen_coordinates
 from engine.curvature import Curvature
+from engine.features import classes, features
 from engine.gradient_batch import GradientBatch
 from engine.gradients import PerExampleGradients
 from engine.methods.contract import QueryState
 from engine.models import ready_for_scoring
 from engine.parameters import Parameter, supported_parameters
+from engine.projection import RowLayout
 from engine.projectors import Dense, Projector, Whole, make_projector
 from engine.tasks.contract import BUILT_IN, Task, load_task, measurement, with_model_folder
+from engine.turnover import restore
+from engine.turnover_scores import Estimator
 from storage.checkpoints import fingerprint
 from storage.corpus import Corpus
-from storage.damage import DamagedObject
+from storage.damage import DamagedObject, read_checked
 from storage.gradients import DamagedRows, GradientStore, RowBlock
 from storage.locations import Location
 from storage.segments import Segment
@@ -43,7 +49,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 GRAPHS = 4  # a curvature product's batch holds about so many times the memory of a gradient's
 
-STATE_BYTES = 1 << 30  # of query states that a worker keeps beside the one in use
+STATE_BYTES = 1 << 30  # of query states that a worker keeps beside the one in use, and of the largest read whole
 ROW_BYTES = 1 << 30  # of stored rows that a service keeps
 
 
@@ -167,6 +173,7 @@ class WorkerContext:
         def load() -> nn.Module:
             self._drop(self._slot("gradients", checkpoint))
             self._drop("curvature")
+            self._drop("masked")
             built = self.task(model).build(self.folder(model, checkpoint))
             return ready_for_scoring(built, self.device, DTYPES[model.compute])
 
@@ -209,19 +216,58 @@ class WorkerContext:
 
         return self._keep("curvature", (model.checkpoint(spec.checkpoint), model.compute, gradients, spec), make)
 
+    def masked(self, model: ModelSpec, checkpoint: str) -> Estimator:
+        """Return what runs queries under the masks that this checkpoint was trained with; its model stays as it is."""
+
+        def make() -> Estimator:
+            turnover = restore(self.model(model, checkpoint), self.folder(model, checkpoint))
+            task = self.task(model)
+            return Estimator(turnover, partial(measurement, task))
+
+        return self._keep("masked", (model.checkpoint(checkpoint), model.compute), make)
+
+    def arrays(self, stage: str, unit: str, key: str) -> dict[str, np.ndarray]:
+        """Return the arrays that a unit left in a file, from memory where they fit in ROW_BYTES. Raises DamagedObject."""
+        kept: dict[str, dict[str, np.ndarray]] = self._keep("arrays", stage, dict)
+        if key in kept:
+            return kept[key]
+        found = safetensors.numpy.load(read_checked(self.run, stage, unit, key))
+        held = sum(array.nbytes for one in (found, *kept.values()) for array in one.values())
+        if held <= ROW_BYTES:
+            kept[key] = found
+        return found
+
+    def head(self, label: str) -> tuple[Tensor, dict[str, Any]]:
+        """Return the last layer that was trained again for these scores, (K, H) float64, and what is known of it."""
+
+        def read() -> tuple[Tensor, dict[str, Any]]:
+            data = read_checked(self.run, f"head-{label}", "head", head_key(label))
+            return safetensors.torch.load(data)["weights"], self.run.read_json(head_figures_key(label))
+
+        return self._keep("head", label, read)
+
     def state(self, label: str, checkpoint: str) -> QueryState:
-        """Return the query state that `prepare` saved for this checkpoint.
+        """Return the query state that scoring takes of this checkpoint; without its arrays if it exceeds STATE_BYTES."""
+        found = self._opened(label, checkpoint)
+        return found.rest if isinstance(found, SavedState) else found
+
+    def state_windows(self, label: str, checkpoint: str) -> Iterator[QueryState]:
+        """Yield the query state in windows of consecutive queries of at most STATE_BYTES, one after another in memory."""
+        yield from in_windows(self._opened(label, checkpoint), STATE_BYTES)
+
+    def _opened(self, label: str, checkpoint: str) -> QueryState | SavedState:
+        """Return the query state of this checkpoint; one that is larger than STATE_BYTES stays on disk.
 
         The one last used is held, and of the label's others as many as fit in STATE_BYTES; the rest are read again for
         each unit. Which stay does not change: units go through all checkpoints in turn, and the one longest unused is
         always the next.
         """
 
-        def find() -> QueryState:
-            kept: dict[str, QueryState] = self._keep("states", label, dict)
+        def find() -> QueryState | SavedState:
+            kept: dict[str, QueryState | SavedState] = self._keep("states", label, dict)
             if checkpoint in kept:
                 return kept[checkpoint]
-            state = load_state(self.run, label, checkpoint)
+            state = open_state(self.run, label, checkpoint, STATE_BYTES)
             if sum(one.nbytes for one in (state, *kept.values())) <= STATE_BYTES:
                 kept[checkpoint] = state
             return state
@@ -248,27 +294,50 @@ class Hooked:
 
 
 class CheckpointSource:
-    """The Source that a method's `prepare` sees: one checkpoint with the run's own projection."""
+    """The Source that a method's `prepare` sees: one checkpoint, and gradients with the run's own projection."""
 
     def __init__(
-        self, context: WorkerContext, model: ModelSpec, checkpoint: str, spec: GradientSpec, form: str
+        self,
+        context: WorkerContext,
+        model: ModelSpec,
+        checkpoint: str,
+        spec: GradientSpec,
+        form: str,
+        label: str = "",  # of the scores, where the method trains a last layer for them
     ) -> None:
-        self._context, self._model, self._checkpoint = context, model, checkpoint
-        self._hooks = context.gradients(model, checkpoint, spec, form)
+        self._context, self._model, self._checkpoint, self._spec, self._form = context, model, checkpoint, spec, form
+        self._label = label
         self.learning_rate = model.checkpoint(checkpoint).learning_rate
-        self.layout = self._hooks.projector.layout
         self.parameters = spec.parameters
+
+    @property
+    def layout(self) -> RowLayout:
+        return self._hooks().projector.layout if self.parameters else RowLayout({})
 
     def model(self) -> nn.Module:
         return self._context.model(self._model, self._checkpoint)
 
     def gradients(self, batch: Batch) -> GradientBatch:
         task = self._context.task(self._model)
+        return self._hooks()(partial(measurement, task), batch.to(self._context.device))
 
-        def measure(model: nn.Module, batch: Batch) -> Tensor:
-            return measurement(task, model, batch)
+    def losses(self, batch: Batch) -> Tensor:
+        task = self._context.task(self._model)
+        with torch.inference_mode():
+            return measurement(task, self.model(), batch.to(self._context.device)).double().cpu()
 
-        return self._hooks(measure, batch.to(self._context.device))
+    def features(self, batch: Batch) -> Tensor:
+        task = self._context.task(self._model)
+        return features(task, self.model(), batch.to(self._context.device), "head").float().cpu()
+
+    def target(self, batch: Batch) -> Tensor:
+        return classes(self._context.task(self._model), batch)
+
+    def head(self) -> Tensor:
+        return self._context.head(self._label)[0]
+
+    def _hooks(self) -> PerExampleGradients:
+        return self._context.gradients(self._model, self._checkpoint, self._spec, self._form)
 
 
 def make_task(model: ModelSpec, folder: Path | None, cache: Path) -> Task:

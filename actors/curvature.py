@@ -1,7 +1,7 @@
-"""Units of curvature: the sum of products over one reduction block, and one repetition of LiSSA.
+"""Units of curvature: the sum of products over one reduction block, one repetition of LiSSA, some columns of a sketch.
 
-A product's partial travels back in its receipt and is added up by the driver (operator.py). A repetition runs wholly here,
-on the local operator, and is written down as every other unit's result.
+A product's partial travels back in its receipt and is added up by the driver (operator.py). A repetition, and columns of
+a sketch, are found wholly here, on the local operator, and written down as every other unit's result.
 """
 
 from dataclasses import asdict
@@ -9,15 +9,24 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import safetensors.torch
 import torch
 
 from actors.context import WorkerContext
 from actors.leftovers import put
 from actors.specs import CurvatureSpec
-from actors.states import gradients_key, read_state
+from actors.states import SavedState, gradients_key
 from actors.units import Receipt, Unit
 from engine.solvers import finish
-from engine.stochastic_solvers import Lissa, lissa_batches, lissa_repetition
+from engine.stochastic_solvers import (
+    Lissa,
+    Sketch,
+    lissa_batches,
+    lissa_repetition,
+    sketch_batches,
+    sketch_columns,
+    sketch_matrix,
+)
 from storage.gradients import DONE
 
 
@@ -41,10 +50,26 @@ def lissa_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> 
     ids, repetition = torch.tensor(settings["ids"]), at["repetition"]
     drawn = np.unique(lissa_batches(ids, lissa, repetition).numpy())
     operator = held.local(drawn, settings["l2"])
-    queries = read_state(context.run, gradients_key(settings["label"], spec.checkpoint)).arrays
-    b = held.curvature.coordinates.join({name: array[at["first"] : at["last"]] for name, array in queries.items()})
+    asked = SavedState.open(context.run, gradients_key(settings["label"], spec.checkpoint))
+    b = held.curvature.coordinates.join(asked.window(at["first"], at["last"]).arrays)
     x = finish(lissa_repetition(operator, b.to(context.device), ids, lissa, repetition, settings["largest"]))
     written = put(context, settings, unit, at["key"], safetensors.numpy.save({"x": x.cpu().numpy()}))
+    return Receipt(unit.key, rows=len(drawn), bytes=written.size, objects=[asdict(written)])
+
+
+def sketch_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
+    """Write one block of the sketch's columns, float32 [k, O·I] a parameter."""
+    sketch: Sketch = settings["sketch"]
+    block = unit.payload["block"]
+    held = context.curvature(settings["model"], settings["gradients"], settings["curvature"])
+    coordinates, ids = held.curvature.coordinates, torch.tensor(settings["ids"])
+    batches = [torch.cat(sketch_batches(ids, sketch, block, t)) for t in range(1, sketch.iterations + 1)]
+    drawn = np.unique(torch.cat(batches).numpy())
+    g = sketch_matrix({w.name: w.size for w in coordinates.weights}, sketch, block).to(context.device)
+    operator = held.local(drawn, settings["l2"])
+    s = finish(sketch_columns(operator, g, ids, sketch, block, settings["largest"]))
+    arrays = {name: part.float().cpu().contiguous() for name, part in coordinates.split(s).items()}
+    written = put(context, settings, unit, unit.payload["key"], safetensors.torch.save(arrays))
     return Receipt(unit.key, rows=len(drawn), bytes=written.size, objects=[asdict(written)])
 
 

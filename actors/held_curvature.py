@@ -36,7 +36,7 @@ class HeldCurvature:
         """Return Σ_z curvature of ℓ_z × block over these examples, all different, (size, k) float64 on the CPU."""
         return self.curvature.total(self._recorded(ids), block.to(self.device)).cpu()
 
-    def local(self, ids: np.ndarray, l2: float) -> LocalOperator:
+    def local(self, ids: np.ndarray, l2: float | Tensor) -> LocalOperator:
         """Return the operator whose batches are drawn from these examples, which are read now."""
         rows = {int(row["id"]): row for row in self._read(ids)}
 

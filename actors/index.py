@@ -10,6 +10,7 @@ import pyarrow as pa
 from actors.prepare import answers_key
 from actors.score import ShardScores, load_shard
 from actors.specs import ModelSpec, ScoreSpec
+from actors.standard_errors import merged_errors
 from actors.states import load_state, state_key
 from engine.topk import TopK, merge, without
 from storage.corpus import Corpus
@@ -19,6 +20,8 @@ from storage.locations import Location
 from storage.segments import ROW_GROUP
 
 SNIPPET = 300  # characters
+ERROR = "standard_error"  # a column of what is a mean over checkpoints
+THROUGH = ("through_finetuned", "through_shared")  # columns of multi-stage influence: its two parts
 _TABLE_ROWS = 16_384
 _BRIEF = [("source_id", pa.string()), ("label", pa.string()), ("snippet", pa.string())]
 _BY_QUERY = pa.schema(
@@ -64,10 +67,13 @@ class IndexJob:
 def build_index(job: IndexJob, meta: dict[str, Any] | None = None) -> None:
     """Merge every query's top-k over the shards in id order and write all tables with the scores' description."""
     top = merged_top(job)
+    errors = merged_errors(top, ((shard.top, shard.errors) for shard in _shards(job)))
+    through = merged_errors(top, ((shard.top, shard.through_own) for shard in _shards(job)))
     train = Corpus.open(job.home, job.score.corpus)
     queries = Corpus.open(job.run, job.score.queries)
     write_index(
-        job.run, job.score.label, meta or describe(job), by_query(top, train, queries, job.fields), by_example(job, train),
+        job.run, job.score.label, meta or describe(job), by_query(top, train, queries, job.fields, errors, through),
+        by_example(job, train),
         query_tables(job.run, job.score.label, job.score.checkpoints[-1], queries, job.fields),
     )  # fmt: skip
 
@@ -95,8 +101,22 @@ def describe(job: IndexJob) -> dict[str, Any]:
     } | job.about  # fmt: skip
 
 
-def by_query(top: TopK, train: Corpus, queries: Corpus, fields: Fields) -> Iterator[pa.Table]:
-    """Yield rows of some queries at a time: proponents then opponents, best first, with a snippet of the example."""
+def by_query(
+    top: TopK,
+    train: Corpus,
+    queries: Corpus,
+    fields: Fields,
+    errors: np.ndarray | None = None,
+    through: np.ndarray | None = None,
+) -> Iterator[pa.Table]:
+    """Yield rows of some queries at a time: proponents then opponents, best first, with a snippet of the example.
+
+    `errors`, [2, Q, k]: the scores' standard errors, which make one more column. `through`, [2, Q, k]: what of the scores
+    goes through weights that only fine-tuning has; it makes two, that and the rest, through the weights that both have.
+    """
+    schema = _BY_QUERY if errors is None else _BY_QUERY.append(pa.field(ERROR, pa.float64()))
+    for name in () if through is None else THROUGH:
+        schema = schema.append(pa.field(name, pa.float64()))
     briefs = find_briefs(train, np.unique(top.ids), fields)
     asked = find_briefs(queries, np.arange(top.ids.shape[1]), fields)
     count, k = top.ids.shape[1:]
@@ -111,8 +131,12 @@ def by_query(top: TopK, train: Corpus, queries: Corpus, fields: Fields) -> Itera
                     if not belongs(name, score):
                         continue
                     place = {"query": query, "query_source_id": asked[query]["source_id"], "side": name, "rank": rank}
-                    rows.append(place | {"id": int(example), "score": float(score), **briefs[int(example)]})
-        yield pa.Table.from_pylist(rows, schema=_BY_QUERY)
+                    more = {} if errors is None else {ERROR: float(errors[side, query, rank])}
+                    if through is not None:
+                        own = float(through[side, query, rank])
+                        more |= dict(zip(THROUGH, (own, float(score) - own), strict=True))
+                    rows.append(place | {"id": int(example), "score": float(score), **briefs[int(example)]} | more)
+        yield pa.Table.from_pylist(rows, schema=schema)
 
 
 def query_tables(
@@ -151,6 +175,15 @@ def by_example(job: IndexJob, train: Corpus) -> Iterator[pa.Table]:
         ids = segments[piece["segment"]].base + np.arange(piece["start"], piece["stop"], dtype=np.int64)
         scored = np.searchsorted(ids, shard.ids)
         numbers = {"self_influence": shard.self_influence, "total": shard.totals, "loss": shard.losses}
+        schema = _BY_EXAMPLE
+        for name, errors in (("total", shard.total_errors), ("self_influence", shard.self_errors)):
+            if errors is not None:
+                numbers[f"{name}_{ERROR}"] = errors
+                schema = schema.append(pa.field(f"{name}_{ERROR}", pa.float64()))
+        if (through := shard.total_through_own) is not None:
+            for name, values in zip(THROUGH, (through, shard.totals - through), strict=True):
+                numbers[f"total_{name}"] = values
+                schema = schema.append(pa.field(f"total_{name}", pa.float64()))
         numbers = {name: spread(values, scored, len(ids), np.nan) for name, values in numbers.items()}
         columns: dict[str, Any] = {"id": ids}
         columns |= {name: pa.array(values, from_pandas=True) for name, values in numbers.items()}  # NaN -> null
@@ -158,7 +191,7 @@ def by_example(job: IndexJob, train: Corpus) -> Iterator[pa.Table]:
         briefs = [brief(record, job.fields) for record in records]
         columns |= {name: [b[name] for b in briefs] for name in ("source_id", "label", "snippet")}
         kept = pa.array(~np.isin(ids, list(train.erased())))
-        yield pa.Table.from_pydict(columns, schema=_BY_EXAMPLE).filter(kept)
+        yield pa.Table.from_pydict(columns, schema=schema).filter(kept)
 
 
 def spread(values: np.ndarray, places: np.ndarray, length: int, fill: Any) -> np.ndarray:

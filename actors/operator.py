@@ -63,7 +63,7 @@ class DistributedOperator:
         size: int,  # chosen weights
         ids: np.ndarray,  # int64 [n], the examples of the mean loss, ascending
         block_rows: int,  # examples of a reduction block
-        l2: float = 0.0,  # of ½ l2 ‖θ‖² in the training objective
+        l2: float | Tensor = 0.0,  # of ½ l2 ‖θ‖² in the training objective; (size, 1): each weight has its own
         events: EventSink | None = None,  # where lost workers are written down
     ) -> None:
         self.size, self.ids = size, ids

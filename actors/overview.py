@@ -2,20 +2,18 @@
 
 import datetime
 import json
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
-
 from actors.plan import shards
 from actors.specs import digest
 from storage.corpus import Corpus
 from storage.index import ScoreIndex
-from storage.journal import LEASES, PATIENCE, Journal
+from storage.journal import Journal
+from storage.leases import Drivers
 from storage.locations import Location
 
 NOTES = 20  # events that health shows
@@ -35,18 +33,18 @@ class StageState:
 
 
 class RunWatch:
-    """Watches a run. It remembers when the driver's counter last moved, as no two clocks can be compared."""
+    """Watches a run. It remembers when its drivers' counters last moved, as no two clocks can be compared."""
 
     def __init__(self, run: Location, clock: Callable[[], float] = time.monotonic) -> None:
-        self.run, self.clock = run, clock
-        self._beat: tuple[Any, float] | None = None  # what the lease said, and when it first said so
+        self.run = run
+        self._drivers = Drivers(run, clock)
 
     def read(self) -> dict[str, Any]:
         """Return state (waiting, running, finished or stalled), stages with units done, and when this was looked up."""
         found = stages(self.run)
         complete = bool(found) and all(stage.done == stage.units for stage in found)
         scored = any(stage.stage.startswith("index-") for stage in found)
-        if self._is_held():
+        if self._drivers.living():
             state = "running"
         elif complete and scored:
             state = "finished"
@@ -56,30 +54,15 @@ class RunWatch:
         rows = [{name: value for name, value in asdict(one).items() if value is not None} for one in found]
         return {"state": state, "stages": rows, "updated": now}
 
-    def _is_held(self) -> bool:
-        """Return whether a driver holds the run and shows signs of life."""
-        held = holder(self.run)
-        if held is None or held["gone"]:
-            return False
-        sign = (held["number"], held["counter"])
-        if self._beat is None or self._beat[0] != sign:
-            self._beat = (sign, self.clock())
-        return self.clock() - self._beat[1] <= PATIENCE
 
-
-def holder(run: Location) -> dict[str, Any] | None:
-    """Return the lease that counts, with its number; None if there is none or it was released.
+def drivers(run: Location) -> list[dict[str, Any]]:
+    """Return the leases that are not over, each with its number.
 
     `gone`: its process ran on this very host and is no more.
     """
-    numbers = [int(key.rpartition(".")[2]) for key in run.list(LEASES) if "/lease." in key]
-    if not numbers:
-        return None
-    held = run.read_json(f"{LEASES}/lease.{max(numbers)}")
-    if held["released"]:
-        return None
-    gone = held["host"] == socket.gethostname() and not psutil.pid_exists(held["pid"])
-    return held | {"number": max(numbers), "gone": gone}
+    known = Drivers(run)
+    leases = [known.lease(number) | {"number": number} for number in known.numbers()]
+    return [one | {"gone": known.process_is_gone(one)} for one in leases if not one["released"]]
 
 
 def stages(run: Location, detail: bool = False, now: Callable[[], float] = time.time) -> list[StageState]:

@@ -14,16 +14,27 @@ from storage.gradients import shard_rows_for
 
 _FLOPS = 2e12  # of one unit: about 20 s on one CPU core, a second on a GPU
 _LEAST, _MOST = 32, 8192
+_BLOCK_BYTES = 64 << 20  # of a shard's scores
 _PIECES = 16  # a small corpus is still cut, so that workers share it
 
 
 def shard_rows(corpus: Corpus, model_size: int, columns: int, itemsize: int) -> int:
     """Return the rows of a shard, a power of two: the largest within 16 MiB of rows and 2·10^12 operations."""
+    return shard_length(corpus.rows, sum(s.tokens for s in corpus.segments), model_size, columns, itemsize)
+
+
+def shard_length(rows: int, tokens: int, model_size: int, columns: int, itemsize: int) -> int:
+    """Return the same for a corpus of so many rows and tokens."""
     by_bytes = shard_rows_for(columns, itemsize) if columns else _MOST
-    tokens = sum(s.tokens for s in corpus.segments) / max(1, corpus.rows)
-    by_work = _FLOPS / (4 * model_size * max(1.0, tokens))  # forward 2, activation-only backward 2 per number and token
-    by_share = -(-corpus.rows // _PIECES)
+    by_work = _FLOPS / (4 * model_size * max(1.0, tokens / max(1, rows)))  # forward 2, activation-only backward 2
+    by_share = -(-rows // _PIECES)
     return power_below(max(_LEAST, min(by_bytes, by_work, max(_LEAST, by_share), _MOST)))
+
+
+def forward_rows(corpus: Corpus, work: float, queries: int) -> int:
+    """Return the rows of a shard whose every row takes `work` operations and leaves `queries` float64 scores."""
+    by_bytes, by_share = _BLOCK_BYTES / (8 * max(1, queries)), max(_LEAST, -(-corpus.rows // _PIECES))
+    return power_below(max(1, min(_FLOPS / max(1.0, work), by_bytes, by_share, _MOST)))
 
 
 def sampled_ids(corpus: Corpus, rows: int | None, seed: int) -> np.ndarray:

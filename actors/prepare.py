@@ -4,7 +4,7 @@ The last checkpoint also leaves what it answers to every query: loss, prediction
 """
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from actors.states import save_state
 from actors.units import Receipt, Unit
 from engine.batches import Batch
 from engine.gradient_batch import GradientBatch, nonfinite
-from engine.methods.contract import QueryState, load_method
+from engine.methods.contract import QueryState, averages, load_method
 from engine.projection import RowLayout
 from engine.tasks.contract import Task, predict
 from engine.tasks.labels import Labels
@@ -31,9 +31,11 @@ def prepare_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -
     corpus = context.corpus(None, score.queries)
     rows = [row for s in corpus.segments for row in corpus.read(s, 0, s.rows)]
     form = "rows" if score.stored or spec.projection.kind != "none" else "whole"
-    source = CheckpointSource(context, model, checkpoint, spec, form)
+    source = CheckpointSource(context, model, checkpoint, spec, form, score.label)
     method = load_method(score.method, score.method_settings)
     state = method.prepare(query_batches(context.task(model), rows, spec.token_budget), source)
+    if averages(method):
+        state = replace(state, weight=state.weight / len(score.checkpoints))
     refuse_nonfinite(state, source.layout, [f"{row['id']} (source:{row['source_id']})" for row in rows], checkpoint)
     records = [put(context, settings, unit, unit.payload["key"], save_state(state))]
     if checkpoint == score.checkpoints[-1]:

@@ -1,6 +1,6 @@
 """The solve on stored rows: (GᵀG/n + λI)⁻¹ q with one matrix for all queries, kept in the run for new ones."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import safetensors.torch
@@ -10,12 +10,16 @@ from torch import Tensor
 from actors.operator import summed
 from actors.plan import shard_units
 from actors.solve_job import SolveJob, figures
+from actors.states import SavedState
 from engine.coordinates import Coordinates, flat_coordinates
 from engine.influence import projected_solve
 from engine.methods.contract import QueryState
 from engine.methods.inverse import InverseCurvature
 from engine.solvers import finish, largest_eigenvalue, relative, solution
-from storage.locations import Location
+from storage.damage import read_checked
+from storage.locations import Location, ObjectRecord
+
+_GRAM = "gram"  # its unit in the solve's journal
 
 
 class _Matrix:
@@ -30,16 +34,27 @@ def gram_key(label: str) -> str:
     return f"states/{label}/gram.safetensors"
 
 
-def solve_rows(job: SolveJob, queries: QueryState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def make_gram(job: SolveJob) -> None:
+    """Leave GᵀG of all stored rows in the run, unless it is there."""
+    key = gram_key(job.label)
+    if _GRAM in job.notes.done():
+        return
+    settings = job.settings | {"arrays": sorted(job.sizes)}
+    total = summed(job.pool, "gram", settings, shard_units(job.pieces, job.score.corpus), job.events)
+    gram = total[:-1].view(sum(job.sizes.values()), -1).contiguous()
+    data = safetensors.torch.save({"gram": gram, "count": total[-1].clone()})
+    job.check()
+    job.run.delete(key)  # of a driver that was killed here, or damaged
+    job.run.create(key, data)
+    job.notes.commit(_GRAM, {"objects": [asdict(ObjectRecord.of(key, data))]})
+
+
+def solve_rows(job: SolveJob, asked: SavedState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the solved arrays, float32 [Q, columns], and the figures of all queries."""
-    if not job.run.exists(gram_key(job.label)):
-        settings = job.settings | {"arrays": sorted(job.sizes)}
-        total = summed(job.pool, "gram", settings, shard_units(job.pieces, job.score.corpus), job.events)
-        gram = total[:-1].view(sum(job.sizes.values()), -1).contiguous()
-        job.check()
-        job.run.create(gram_key(job.label), safetensors.torch.save({"gram": gram, "count": total[-1].clone()}))
+    make_gram(job)
     gram, count = read_gram(job.run, job.label)
     mean, damping = gram / count, damping_of(gram, count, job.inverse)
+    queries = asked.window(0, len(asked.rest.losses))
     coordinates = _columns(queries)
     b = coordinates.join(queries.arrays)
     x = projected_solve(gram, count, b.T, damping).T
@@ -66,8 +81,8 @@ def _columns(state: QueryState) -> Coordinates:
 
 
 def read_gram(run: Location, label: str) -> tuple[Tensor, int]:
-    """Return GᵀG, (D, D) float64, and how many rows are in it."""
-    found = safetensors.torch.load(run.read(gram_key(label)))
+    """Return GᵀG, (D, D) float64, and how many rows are in it. Raises DamagedObject."""
+    found = safetensors.torch.load(read_checked(run, f"solve-{label}", _GRAM, gram_key(label)))
     return found["gram"], int(found["count"])
 
 

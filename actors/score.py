@@ -3,8 +3,8 @@
 Blocks come from the store's rows, or without a store from what compute.py wrote; both are added in checkpoint order.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from actors.compute import block_key, scored_ids
 from actors.context import WorkerContext
 from actors.leftovers import put
 from actors.plan import shard_key
+from actors.representer import feature_rows
 from actors.specs import GradientSpec, ScoreSpec
+from actors.standard_errors import shard_errors
 from actors.units import Receipt, Unit
-from engine.methods.contract import QueryState, Rows, ScoreBlock, load_method
+from engine.methods.contract import QueryState, Rows, ScoreBlock, averages, load_method
 from engine.topk import TopK, top_k
 from storage.damage import read_checked
 from storage.gradients import DONE, ERASED, QUARANTINED
@@ -51,6 +53,13 @@ class ShardScores:
     losses: np.ndarray  # float64 [n] at the last checkpoint
     dense: np.ndarray | None  # float32 [n, Q] if asked for
     probes: np.ndarray | None = None  # float64 [p, 2], query and score of examples that are no candidates
+    errors: np.ndarray | None = None  # float64 [2, Q, k], standard errors of the top-k, where scores are means
+    total_errors: np.ndarray | None = None  # float64 [n]
+    self_errors: np.ndarray | None = None  # float64 [n]
+    through_own: np.ndarray | None = (
+        None  # float64 [2, Q, k], what of the top-k goes through Θ, for multi-stage influence
+    )
+    total_through_own: np.ndarray | None = None  # float64 [n]
 
 
 def score_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
@@ -61,6 +70,10 @@ def score_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> 
     ids = scored_ids(context, spec, at, state)
     parts = stored_parts(context, settings, at, ids) if spec.stored else computed_parts(context, spec, at)
     shard = add_up(ids, parts, spec, state, context.corpus(spec.home, spec.corpus).erased())
+    if averages(load_method(spec.method, spec.method_settings)) and len(spec.checkpoints) > 1:
+        blocks = [computed_block(context, spec, at, checkpoint) for checkpoint in spec.checkpoints]
+        own = shard_errors(ids, shard.top, shard.state == DONE, blocks)
+        shard = replace(shard, errors=own.top, total_errors=own.totals, self_errors=own.self_influence)
     key = scores_key(spec.label, at)
     data = save_scores(shard)
     bad = {int(i): "an earlier stage set it aside" for i in np.flatnonzero(shard.state == QUARANTINED)}
@@ -73,21 +86,34 @@ def stored_parts(
     """Yield every checkpoint's block of this shard, from the rows in the store."""
     spec: ScoreSpec = settings["score"]
     for name in spec.checkpoints:
-        yield state_block(context, spec, settings["gradients"], at, ids, name, context.state(spec.label, name))
+        states = context.state_windows(spec.label, name)
+        about = context.state(spec.label, name)
+        yield state_block(context, spec, settings["gradients"], at, ids, name, states, about.weight, len(about.losses))
 
 
 def state_block(
     context: WorkerContext, spec: ScoreSpec, gradients: GradientSpec, at: dict[str, Any], ids: np.ndarray,
-    checkpoint: str, state: QueryState,
+    checkpoint: str, states: Iterable[QueryState], weight: float, queries: int,
 ) -> Part:  # fmt: skip
-    """Return one checkpoint's block of a shard: its stored rows against the query state."""
+    """Return one checkpoint's block of a shard: its stored rows against the query state, given in windows of queries."""
     method = load_method(spec.method, spec.method_settings)
+    if method.reads == "features":
+        rows, good, losses = feature_rows(context, spec, at, ids, checkpoint)
+    else:
+        rows, good, losses = gradient_rows(context, spec, gradients, at, ids, checkpoint)
+    blocks = (method.score(rows, part) for state in states for part in query_blocks(state))
+    return Part(weight, good, losses, queries, blocks)
+
+
+def gradient_rows(
+    context: WorkerContext, spec: ScoreSpec, gradients: GradientSpec, at: dict[str, Any], ids: np.ndarray,
+    checkpoint: str,
+) -> tuple[Rows, np.ndarray, np.ndarray]:  # fmt: skip
+    """Return a shard's stored rows, their state and their losses."""
     block = context.stored_rows(spec.home, spec.corpus, checkpoint, at)
     arrays = {name: torch.from_numpy(array) for name, array in block.rows.items()}
     norms = None if block.norms is None else torch.from_numpy(block.norms)
-    rows = Rows(torch.from_numpy(ids), arrays, norms, gradients.parameters)
-    blocks = (method.score(rows, part) for part in query_blocks(state))
-    return Part(state.weight, block.state, block.losses, len(state.losses), blocks)
+    return Rows(torch.from_numpy(ids), arrays, norms, gradients.parameters), block.state, block.losses
 
 
 def windows(queries: int, size: int) -> list[slice]:
@@ -115,7 +141,10 @@ def add_up(
     """
     total, own, state, losses = None, None, None, None
     for part in parts:
-        for window, block in zip(windows(part.queries, _QUERY_BLOCK), part.blocks, strict=True):
+        stop = 0
+        for block in part.blocks:
+            window = slice(stop, stop + block.scores.shape[1])
+            stop = window.stop
             scores = part.weight * block.scores.double().numpy()
             if total is None:
                 total = np.empty((len(ids), part.queries))
@@ -188,13 +217,20 @@ def dense_scores(total: np.ndarray, good: np.ndarray) -> np.ndarray:
 def computed_parts(context: WorkerContext, spec: ScoreSpec, at: dict[str, Any]) -> Iterator[Part]:
     """Yield every checkpoint's block of this shard, from what compute_unit wrote."""
     for checkpoint in spec.checkpoints:
-        unit = f"{checkpoint}-{shard_key(spec.corpus, at)}"
-        key = block_key(spec.label, at | {"checkpoint": checkpoint})
-        block = safetensors.numpy.load(read_checked(context.run, f"compute-{spec.label}", unit, key))
+        block = computed_block(context, spec, at, checkpoint)
         state, scores = context.state(spec.label, checkpoint), torch.from_numpy(block["scores"])
         own = None if np.isnan(block["self_influence"]).all() else torch.from_numpy(block["self_influence"])
         blocks = (ScoreBlock(scores[:, window], own) for window in windows(scores.shape[1], _QUERY_BLOCK))
         yield Part(state.weight, block["state"], block["losses"], scores.shape[1], blocks)
+
+
+def computed_block(
+    context: WorkerContext, spec: ScoreSpec, at: dict[str, Any], checkpoint: str
+) -> dict[str, np.ndarray]:
+    """Return what one checkpoint's unit computed of a shard. Raises DamagedObject."""
+    unit = f"{checkpoint}-{shard_key(spec.corpus, at)}"
+    key = block_key(spec.label, at | {"checkpoint": checkpoint})
+    return safetensors.numpy.load(read_checked(context.run, f"compute-{spec.label}", unit, key))
 
 
 def scores_key(label: str, at: dict[str, Any]) -> str:

@@ -11,41 +11,65 @@ from typing import Any
 import psutil
 import torch
 
+from actors import projected, sketch
 from actors.block_solver import BlockSolver
-from actors.projected import solve_rows
+from actors.projected import make_gram, solve_rows
 from actors.solve_job import SolveJob, figures_key
-from actors.states import gradients_key, read_state, save_state, state_key
+from actors.states import SavedState, gradients_key, save_state, state_key
 from engine.influence import per_example_loo
+from engine.methods.contract import QueryState
 from engine.methods.inverse import InverseCurvature
 from engine.solvers import MAX_EXACT
 from storage.corpus import Corpus
-from storage.locations import ObjectRecord
+from storage.locations import Location, ObjectRecord, to_json
 
 LITTLE = 0.97  # correlation with the plain gradient from which the curvature has changed little
 _BLOCKS = 4  # of (size, k) that a solver holds
+REMEDIES = {  # besides a larger damping
+    "lissa": "method.depth, method.batch_size or method.repetitions",
+    "sketch": "method.depth, method.batch_size or method.columns",
+}
 
 
 def solve(job: SolveJob) -> None:
-    """Leave (C + λI)⁻¹ ∇ℓ(q) of every query where scoring reads it, unless it is there. Raises what the solvers raise."""
+    """Leave (C + λI)⁻¹ ∇ℓ(q) of every query where scoring reads it, unless it is there. Raises what the solvers raise.
+
+    What the journal names as damaged is made anew: the state, and what new queries are answered from.
+    """
     run, label = job.run, job.label
-    if run.exists(figures_key(label)):
-        return
-    queries = read_state(run, gradients_key(label, job.checkpoint))
     with one_thread():
-        projected = job.inverse.solver == "projected"
-        arrays, said = solve_rows(job, queries) if projected else BlockSolver(job).solve(queries)
+        if run.exists(figures_key(label)) and "state" in job.notes.done():
+            keep_for_new(job)
+            return
+        asked = SavedState.open(run, gradients_key(label, job.checkpoint))
+        arrays, said = solve_rows(job, asked) if job.inverse.solver == "projected" else BlockSolver(job).solve(asked)
     for warning in warnings(said, job.inverse):
         job.say(f"warning: {warning}")
     candidates, probes = job.chosen or (None, None)
-    state = replace(queries, arrays=arrays, weight=leave_out(job.corpus), candidates=candidates, probes=probes)
+    state = replace(asked.rest, arrays=arrays, weight=leave_out(job.corpus), candidates=candidates, probes=probes)
+    data = {state_key(label, job.checkpoint): save_state(state), figures_key(label): to_json(said)}
     job.check()
-    run.delete(state_key(label, job.checkpoint))  # of a driver that was killed here
-    data = save_state(state)
-    run.create(state_key(label, job.checkpoint), data)
-    job.notes.commit("state", {"objects": [asdict(ObjectRecord.of(state_key(label, job.checkpoint), data))]})
-    run.create_json(figures_key(label), said)
+    for key, content in data.items():
+        run.delete(key)  # of a driver that was killed here, or damaged
+        run.create(key, content)
+    job.notes.commit("state", {"objects": [asdict(ObjectRecord.of(key, content)) for key, content in data.items()]})
     for key in [*run.list(f"states/{label}/solved"), *run.list(f"states/{label}/lissa")]:
         run.delete(key)
+
+
+def keep_for_new(job: SolveJob) -> None:
+    """Make anew what of a settled solve new queries need, if it was damaged."""
+    if job.inverse.solver == "projected":
+        make_gram(job)
+    elif job.inverse.solver == "sketch":
+        BlockSolver(job).sketch()
+
+
+def solve_new(run: Location, label: str, inverse: InverseCurvature, state: QueryState, weight: float) -> QueryState:
+    """Return new queries' state as scoring takes it, from what the label's own queries were solved with."""
+    if inverse.solver == "sketch":
+        return sketch.solve_new(run, label, state, weight)
+    return projected.solve_new(run, label, inverse, state, weight)
 
 
 def leave_out(corpus: Corpus) -> float:
@@ -59,12 +83,10 @@ def warnings(said: dict[str, Any], inverse: InverseCurvature) -> list[str]:
     found = []
     short = [residual for residual, good in zip(said["residual"], said["converged"], strict=True) if not good]
     if short:
-        remedy = "a larger method.damping, method.max_iterations or method.dtype=float64"
-        if inverse.solver == "lissa":
-            remedy = "a larger method.damping, method.depth, method.batch_size or method.repetitions"
+        remedy = REMEDIES.get(inverse.solver, "method.max_iterations or method.dtype=float64")
         found.append(
             f"{len(short)} of {len(said['residual'])} queries are not solved well: relative residual up to {max(short):.2g}. "
-            f"Try {remedy}."
+            f"Try a larger method.damping, {remedy}."
         )
     near = [cosine for cosine in said["identity"] if cosine >= LITTLE]
     if near:

@@ -9,6 +9,7 @@ from torch import Tensor
 from actors.pool import Pool
 from actors.run_stage import EventSink
 from actors.specs import CurvatureSpec, GradientSpec, ModelSpec, ScoreSpec
+from actors.states import SavedState
 from actors.units import Unit
 from engine.methods.inverse import InverseCurvature
 from engine.solvers import Solution
@@ -66,6 +67,11 @@ class SolveJob:
 
 def figures_key(label: str) -> str:
     return f"states/{label}/figures.json"
+
+
+def right_sides(asked: SavedState, first: int, width: int) -> dict[str, Tensor]:
+    """Return the gradients of some queries, name -> [k, numbers]; only theirs are read."""
+    return asked.window(first, min(first + width, len(asked.rest.losses))).arrays
 
 
 def figures(solver: str, examples: int, solution: Solution) -> dict[str, Any]:

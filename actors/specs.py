@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.projection import Projection
 from engine.tasks.contract import BUILT_IN
-from storage.locations import Location, to_json
+from storage.locations import Location, ObjectConflict, to_json
 
 FOLDERS = ("tokenizer", "model", "base")  # settings of a built-in task that are folders
 _PLACES = ("uri", "path", "home")  # of a checkpoint, a source, another run
@@ -110,9 +110,11 @@ def declare(run: Location, key: str, settings: dict[str, Any], what: str, other:
     """
     settings = json.loads(json.dumps(settings))
     record = {**settings, "hash": digest(settings)}
-    if not run.exists(key):
+    try:
         run.create_json(key, record)
         return
+    except ObjectConflict:
+        pass  # it is there, by an earlier job or one that runs beside this one
     before = run.read_json(key)
     stored, asked = identity({k: v for k, v in before.items() if k != "hash"}), identity(settings)
     if stored != asked:

@@ -13,12 +13,15 @@ import torch
 from actors.collect import collect_unit, inspect_unit
 from actors.compute import compute_unit
 from actors.context import WorkerContext
-from actors.curvature import curvature_unit, gram_unit, lissa_unit
+from actors.curvature import curvature_unit, gram_unit, lissa_unit, sketch_unit
 from actors.features import features_unit
+from actors.multistage_scores import multistage_unit
 from actors.prepare import prepare_unit
+from actors.representer import head_sizes_unit, head_unit
 from actors.score import score_unit
+from actors.turnover import turnover_unit
 from actors.units import Receipt, Unit
-from storage.damage import DamagedObject
+from storage.damage import noting_damage
 
 UnitFunction = Callable[[WorkerContext, dict[str, Any], Unit], Receipt]
 UNIT_FUNCTIONS: dict[str, UnitFunction] = {
@@ -28,8 +31,13 @@ UNIT_FUNCTIONS: dict[str, UnitFunction] = {
     "score": score_unit,
     "compute": compute_unit,
     "features": features_unit,
+    "turnover": turnover_unit,
+    "multistage": multistage_unit,
+    "head-sizes": head_sizes_unit,
+    "head": head_unit,
     "curvature": curvature_unit,
     "lissa": lissa_unit,
+    "sketch": sketch_unit,
     "gram": gram_unit,
 }
 _OVERLAPPING = {"collect"}  # take the worker's turns themselves
@@ -47,12 +55,9 @@ class Worker:
             torch.set_num_threads(1)
         began = time.perf_counter()
         try:
-            with nullcontext() if function in _OVERLAPPING else self.context.computing:
+            turn = nullcontext() if function in _OVERLAPPING else self.context.computing
+            with noting_damage(self.context.run), turn:
                 receipt = UNIT_FUNCTIONS[function](self.context, settings, unit)
-        except DamagedObject as error:
-            if error.run == self.context.run:  # another run's own job makes its objects anew
-                error.mark()
-            raise
         finally:
             torch.set_num_threads(threads)
         return replace(receipt, seconds=time.perf_counter() - began, peak_memory=peak_memory())

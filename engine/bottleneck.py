@@ -6,7 +6,8 @@ the plain model. LoRA adapters in PEFT's format are another thing: engine/adapte
 """
 
 import fnmatch
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ PROJECTIONS = (
 )  # fmt: skip
 PLACE = "*.adapter.act"  # where turn-over dropout masks an adapter: its bottleneck
 TRAINED = "*.adapter.*"  # the adapters' own weights
+BOTTLENECK = ".adapter.down.weight"  # by the end of its name an adapter is known in a checkpoint
 _DEVIATION = 1e-2  # of the first weights, cut at twice this: Houlsby et al., section 3.6
 
 
@@ -74,11 +76,7 @@ def add_adapters(
     """
     if width < 1:
         raise ValueError(f"adapter width {width} is not allowed: must be at least 1. The paper uses 8 to 256.")
-    chosen = {
-        name: module
-        for name, module in model.named_modules()
-        if any(fnmatch.fnmatchcase(name, glob) for glob in projections)
-    }
+    chosen = {name: model.get_submodule(name) for name in matching_projections(model, projections)}
     if not chosen:
         raise ValueError(
             f"no module of {type(model).__name__} matches {', '.join(projections)}: name the output projections of its "
@@ -89,6 +87,56 @@ def add_adapters(
             raise ValueError(f"module {name} is a {type(module).__name__}: only a Linear or Conv1D takes an adapter")
         _adapt(module, width, derive_key(seed, "adapter", name))
     return list(chosen)
+
+
+def top_third(projections: Sequence[str]) -> list[str]:
+    """Return the projections in the highest third of the layers, whose number stands in their names; rounded up."""
+    numbers = {name: int(found[0]) for name in projections if (found := re.findall(r"(?<=\.)\d+(?=\.)", name))}
+    layers = sorted(set(numbers.values()))
+    upper = set(layers[len(layers) * 2 // 3 :])
+    return [name for name in projections if numbers.get(name) in upper]
+
+
+def matching_projections(model: nn.Module, projections: Sequence[str] = PROJECTIONS) -> list[str]:
+    """Return the modules that one of the globs names: the output projections of attention and feed-forward layers."""
+    names = [name for name, _ in model.named_modules()]
+    return [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in projections)]
+
+
+def head_layers(model: nn.Module) -> list[str]:
+    """Return the Linear layers of a transformer that lie outside its pretrained body: the head that is trained anew.
+
+    A language model's output layer that is tied to its embedding is no such head.
+    """
+    body = getattr(model, "base_model", model)
+    if body is model:
+        return []
+    inside = {id(weight) for weight in body.parameters()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) not in inside
+    ]
+
+
+def restore_adapters(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Put the adapters of a checkpoint's weights back on the plain model, in place; none if it has none.
+
+    Raises ValueError for an adapter that this model has no place for, or of which a weight is missing.
+    """
+    widths = {name.removesuffix(BOTTLENECK): len(weight) for name, weight in state.items() if name.endswith(BOTTLENECK)}
+    places = dict(model.named_modules())
+    for name, width in widths.items():
+        if name not in places:
+            raise ValueError(
+                f"checkpoint {where} holds an adapter of {name}, which {type(model).__name__} does not have"
+            )
+        if name not in adapter_widths(model):
+            add_adapters(model, width, [name])
+    own = {name for name in model.state_dict() if any(name.startswith(f"{place}.adapter.") for place in widths)}
+    if missing := sorted(own - state.keys()):
+        raise ValueError(f"checkpoint {where} lacks the adapter weights {', '.join(missing[:3])}")
+    model.load_state_dict({name: state[name] for name in own}, strict=False)
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -115,7 +115,7 @@ class LocalOperator:
         self,
         curvature: Curvature,
         examples: Examples,
-        l2: float = 0.0,  # of ½ l2 ‖θ‖² in the training objective
+        l2: float | Tensor = 0.0,  # of ½ l2 ‖θ‖² in the training objective; (size, 1): each weight has its own
         cache_bytes: int = 0,  # memory for what the frozen lower layers give; batches beyond it are computed in full
     ) -> None:
         self.size = curvature.coordinates.size

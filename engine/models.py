@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.utils import logging
 
 from engine.adapters import adapter_base, is_adapter, with_adapter
 from engine.attention import attend_in_float32
+from engine.bottleneck import BOTTLENECK, restore_adapters
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -70,6 +72,8 @@ def load_hugging_face(
         return with_adapter(model, folder, read_state(folder), missing)
     model, missing, mismatched = _read_hugging_face(folder, auto_class, attention, **settings)
     _refuse_other_architecture(folder, type(model).__name__, missing, mismatched)
+    if any(name.endswith(BOTTLENECK) for file in weight_files(folder) for name in _shapes(file)):
+        restore_adapters(model, read_state(folder), str(folder))
     return model
 
 
@@ -171,6 +175,11 @@ def architecture_of(folder: Path) -> str:
             raise ValueError(f"weights {file} do not read: {error}. Copy them again, or leave this one out.") from error
     lines = [f"{name} {shape}" for name, shape in sorted(shapes.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def parameter_count(folder: Path) -> int:
+    """Return how many numbers a checkpoint's weights hold. Reads no values."""
+    return sum(prod(shape) for file in weight_files(folder) for shape in _shapes(file).values())
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -1,17 +1,17 @@
 """Inverse-curvature products from small random batches: LiSSA, and the sketch of the whole inverse.
 
-Batches are drawn with replacement by integer counters from (seed, repetition, iteration), so a repetition is one unit of
-work that any worker can do, in any order, with the same bits.
+Batches are drawn with replacement by integer counters from (seed, repetition or block, iteration), so a repetition of LiSSA
+or a block of the sketch's columns is one unit of work that any worker can do, in any order, with the same bits.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.counters import derive_key, words
+from engine.counters import derive_key, normals, words
 from engine.curvature import Operator
 from engine.solvers import (
     Solution,
@@ -121,32 +121,39 @@ def batch_scale(
 
 @dataclass(frozen=True)
 class Sketch:
-    """Settings of the inverse-Hessian sketch."""
+    """Settings of the inverse-Hessian sketch S ≈ (H² + λI)⁻¹ H Gᵀ, and so of S G v ≈ H⁻¹v for any v."""
 
-    step: float  # η < 1/λ_max(H_B)²
+    damping: float  # λ, absolute
+    step: float  # η < 1/(λ_max(H_B)² + λ)
+    columns: int = 256  # d, rows of G: the error of S G v falls with √d
+    width: int = 16  # columns found together, from the same batches; others have batches of their own
     iterations: int = 2000
     batch_size: int = 32
-    damping: float = 0.0  # λ of (H² + λI) S = HGᵀ
     seed: int = 0
+
+    @property
+    def blocks(self) -> list[range]:
+        """Return which columns are found together."""
+        return [range(i, min(i + self.width, self.columns)) for i in range(0, self.columns, self.width)]
 
 
 @dataclass(frozen=True)
 class SketchState:
     iteration: int
-    s: Tensor  # (size, d)
-    total: Tensor  # (size, d), the sum of the second half's iterates
+    s: Tensor  # (size, k)
+    total: Tensor  # (size, k), the sum of the second half's iterates
 
 
-def inverse_sketch(
+def sketch_columns(
     operator: Operator,
-    g: Tensor,  # (size, d): Gᵀ with entries N(0, 1/d)
-    ids: Tensor,  # int64 [n]
+    g: Tensor,  # (size, k): these columns of Gᵀ
+    ids: Tensor,  # int64 [n], of the training examples
     settings: Sketch,
-    largest: float,
-    tolerance: float = 0.1,
+    block: int,  # position in settings.blocks
+    largest: float,  # λ_max
     state: SketchState | None = None,
-) -> Generator[SketchState, None, Solution]:
-    """Return S ≈ H⁻¹Gᵀ, so that S (G v) is an unbiased estimate of H⁻¹v (TracIn, appendix A.1, equation 3).
+) -> Generator[SketchState, None, Tensor]:
+    """Return these columns of S, (size, k) (TracIn, Pruthi et al. 2020, appendix A.1, equation 3).
 
     Stochastic descent on ‖HS − Gᵀ‖² along 2 H_{B₁}(H_{B₂} S − Gᵀ) with two independent batches: with one batch for both the
     mean would be (E H_B²)⁻¹ H Gᵀ. The iterates of the second half are averaged. From S = 0, H's null space stays at 0.
@@ -156,7 +163,7 @@ def inverse_sketch(
     reach = 2 * settings.step * largest * g.norm(dim=0)  # how far one step of a convergent descent can go
     while state.iteration < settings.iterations:
         t = state.iteration + 1
-        first, second = sketch_batches(ids, settings, t)
+        first, second = sketch_batches(ids, settings, block, t)
         inner = applied(operator, state.s, second) - g
         s = state.s - 2 * settings.step * (applied(operator, inner, first) + settings.damping * state.s)
         setting, remedy = f"step {settings.step:.3g}", f"step={settings.step / 4:.3g}"
@@ -164,20 +171,58 @@ def inverse_sketch(
         total = state.total + s if 2 * t > settings.iterations else state.total
         state = SketchState(t, s, total)
         yield state
-    mean = state.total / (settings.iterations - settings.iterations // 2)
-    residual = squared_residual(operator, mean, g, settings.damping)
-    return solution(mean, g, residual, tolerance, settings.iterations, settings.damping, largest)
+    return state.total / (settings.iterations - settings.iterations // 2)
 
 
-def sketch_batches(ids: Tensor, settings: Sketch, iteration: int) -> tuple[Tensor, Tensor]:
+def sketch_batches(ids: Tensor, settings: Sketch, block: int, iteration: int) -> tuple[Tensor, Tensor]:
     """Return two independent batches of ids."""
-    first, second = (derive_key(settings.seed, "sketch", side) for side in (1, 2))
+    first, second = (derive_key(settings.seed, "sketch", block, side) for side in (1, 2))
     return draw(ids, first, iteration, settings.batch_size), draw(ids, second, iteration, settings.batch_size)
 
 
-def sketch_step(scale: float) -> float:
+def sketch_matrix(sizes: dict[str, int], settings: Sketch, block: int) -> Tensor:  # sizes: of the weights, by name
+    """Return one block's columns of Gᵀ, (Σ sizes, k) float64: entries N(0, 1/d), so that E GᵀG = I."""
+    columns = settings.blocks[block]
+    parts = []
+    for name, size in sizes.items():
+        key = derive_key(settings.seed, "sketch", name)
+        drawn = normals(key, columns.start * size, len(columns) * size)
+        parts.append(torch.from_numpy(drawn).view(len(columns), size).T)
+    return torch.cat(parts) / settings.columns**0.5
+
+
+def sketched(
+    b: Tensor,  # (size, k) float64
+    blocks: Iterable[tuple[Tensor, Tensor]],  # S and Gᵀ, (size, columns) each
+) -> tuple[Tensor, Tensor]:  # both (size, k)
+    """Return S G b and its standard error: every column of S gives an independent estimate, whose mean it is."""
+    total, squared, columns = torch.zeros_like(b), torch.zeros_like(b), 0
+    for s, g in blocks:
+        c = g.T @ b
+        total += s @ c
+        squared += s.square() @ c.square()
+        columns += s.shape[1]
+    variance = (columns * squared - total.square()) / max(1, columns - 1)
+    return total, variance.clamp(min=0).sqrt()
+
+
+def sketch_solution(
+    operator: Operator,
+    b: Tensor,
+    settings: Sketch,
+    blocks: Iterable[tuple[Tensor, Tensor]],  # as in `sketched`
+    largest: float,
+    tolerance: float = 0.1,
+) -> Solution:
+    """Return S G b with its standard error, and its residual in (H² + λI) x = Hb on all examples."""
+    x, error = sketched(right_hand_side(operator, b, settings.damping), blocks)
+    left = squared_residual(operator, x, b, settings.damping)
+    return solution(x, b, left, tolerance, settings.iterations, settings.damping, largest, error)
+
+
+def sketch_step(scale: float, damping: float = 0.0) -> float:
     """Return a step for batches whose largest eigenvalue is `scale`: half of what still converges."""
-    return 1 / (2 * scale**2)
+    return 1 / (2 * (scale**2 + damping))
 
 
 def draw(ids: Tensor, key: int, iteration: int, count: int) -> Tensor:

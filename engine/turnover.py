@@ -10,7 +10,7 @@ do not cover leaks, and is listed by engine/leaks.py. Source: Kobayashi et al. 2
 
 import fnmatch
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.batches import Batch
-from engine.bottleneck import adapter_widths, add_adapters
+from engine.bottleneck import BOTTLENECK, adapter_widths, restore_adapters
 from engine.convolution import CONVOLUTIONS
 from engine.masks import Masks, MaskSettings, Side, factor
 from engine.models import read_state
@@ -192,24 +192,15 @@ def restore(model: nn.Module, folder: Path) -> TurnOver:
     if not (folder / RECORD).exists():
         raise ValueError(f"{folder} has no {RECORD}: it was not trained with turn-over dropout")
     record = json.loads((folder / RECORD).read_text())
-    _restore_adapters(model, folder, record["adapters"])
+    if missing := sorted(record["adapters"].keys() - adapter_widths(model).keys()):
+        state = read_state(folder)
+        if lacking := [name for name in missing if f"{name}{BOTTLENECK}" not in state]:
+            raise ValueError(f"checkpoint {folder} lacks the adapter weights {lacking[0]}{BOTTLENECK}")
+        restore_adapters(model, state, str(folder))
     masks = Masks(MaskSettings(**record["masks"]), torch.tensor(record["duplicates"], dtype=torch.int64).view(-1, 2))
     turnover = TurnOver(model, masks, record["after"], record["before"])
     turnover.widths = record["widths"]
     return turnover
-
-
-def _restore_adapters(model: nn.Module, folder: Path, widths: Mapping[str, int]) -> None:
-    missing = {name: width for name, width in widths.items() if name not in adapter_widths(model)}
-    if not missing:
-        return
-    for name, width in missing.items():
-        add_adapters(model, width, [name])
-    own = {name for name in model.state_dict() if any(name.startswith(f"{place}.adapter.") for place in missing)}
-    state = {name: tensor for name, tensor in read_state(folder).items() if name in own}
-    if own - state.keys():
-        raise ValueError(f"checkpoint {folder} lacks the adapter weights {', '.join(sorted(own - state.keys())[:3])}")
-    model.load_state_dict(state, strict=False)
 
 
 def _matching(model: nn.Module, globs: Sequence[str]) -> list[str]:

@@ -44,7 +44,13 @@ class Estimator:
         (flipped,) = self.losses(ids, queries, ("flipped",))
         return flipped - full_losses(self.turnover, self.loss, queries)
 
-    def losses(self, ids: Tensor, queries: Batch, sides: Sequence[Side]) -> list[Tensor]:  # float64 [n, Q] for each
+    def losses(
+        self,
+        ids: Tensor,  # int64 [n]
+        queries: Batch,
+        sides: Sequence[Side],
+        rows: int | None = None,  # of one forward pass, where these queries allow for another number
+    ) -> list[Tensor]:  # float64 [n, Q] for each side
         """Return every query's loss under every example's masks. Memory grows with `rows`, not with n."""
         if not len(ids):
             return [torch.zeros(0, len(queries), dtype=torch.float64) for _ in sides]
@@ -52,7 +58,7 @@ class Estimator:
             two = queries.take([0, min(1, len(queries) - 1)])
             self._prefix.probe(self._runner(two, ids[:1], sides[0]))
             recording = self._prefix.record(self._runner(queries, ids[:1], sides[0]))
-            step = max(1, self.rows // len(queries))
+            step = max(1, (rows or self.rows) // len(queries))
             found: list[list[Tensor]] = [[] for _ in sides]
             for some in ids.split(step):
                 for side, blocks in zip(sides, found, strict=True):
@@ -92,12 +98,12 @@ def full_losses(turnover: TurnOver, loss: Loss, batch: Batch) -> Tensor:  # floa
 
 @dataclass(frozen=True)
 class Curves:
-    """One point of each curve of figure 2: mean losses of one moment of training."""
+    """One point of each curve of figure 2: mean losses of one moment of training, None without examples."""
 
-    own: float  # training examples under m(z): falls as a training loss does
-    flipped: float  # training examples under m̃(z): follows the test loss under random masks, without overfitting
-    random: float  # test examples under masks of ids that no training saw
-    test: float  # test examples, full network
+    own: float | None  # training examples under m(z): falls as a training loss does
+    flipped: float | None  # training examples under m̃(z): follows the test loss under random masks, without overfitting
+    random: float | None  # test examples under masks of ids that no training saw
+    test: float | None  # test examples, full network
 
 
 def curves(turnover: TurnOver, loss: Loss, train: Sequence[Batch], test: Sequence[Batch]) -> Curves:
@@ -120,5 +126,6 @@ def repeated(batch: Batch, copies: int) -> Batch:
     return Batch(batch.ids.repeat(copies), tensors)
 
 
-def _mean(losses: Iterator[Tensor]) -> float:
-    return float(torch.cat(list(losses)).mean())
+def _mean(losses: Iterator[Tensor]) -> float | None:
+    found = list(losses)
+    return float(torch.cat(found).mean()) if found else None

@@ -28,8 +28,15 @@ def compare(a: ScoreIndex, b: ScoreIndex, top: int) -> dict[str, Any]:
 
     `overlap`: of the `top` strongest on a side, the share that both name (of as many as the shorter list has).
     `correlation`: Spearman's of the scores of those both keep on that side. `self_influence` and `total`: Spearman's
-    over all examples that both have. None where nothing can be compared. ValueError for different queries or corpora.
+    over all examples that both have. None where nothing can be compared. ValueError for different queries or corpora, and
+    for logits beside losses.
     """
+    units = [index.meta["score_unit"] for index in (a, b)]
+    if units[0] != units[1] and "logit" in units:
+        raise ValueError(
+            f"scores {a.label} are in units of {units[0]}, scores {b.label} of {units[1]}: what raises a logit and what "
+            f"lowers a loss are not compared"
+        )
     kept = min(a.meta["top_k"], b.meta["top_k"])
     if not 1 <= top <= kept:
         raise ValueError(f"--top {top} is not allowed: 1 to {kept}, which both keep")

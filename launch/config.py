@@ -14,13 +14,14 @@ from textwrap import wrap
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, PositiveInt, ValidationError, create_model, field_validator
+from pydantic import ConfigDict, Field, PositiveInt, ValidationError, create_model, field_validator, model_validator
 
 from engine.methods.contract import METHODS
 from engine.models import import_path
 from engine.tasks.contract import BUILT_IN
 from engine.training import TrainSettings
 from launch.sections import Section, allowed, explain, section_in, section_of, unknown_name
+from launch.turnover_section import TurnOverSection
 
 _MEANING = re.compile(r"^ +(\w+): .*[^\s]  # (.+)$", re.M)  # the comment behind an argument or a field of a class
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of a folder in the run
@@ -109,7 +110,10 @@ class TrainSection(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled (adamw) or L2 (sgd)")
     trainable: list[str] = Field(["*"], description="globs over parameter names")
     checkpoints: int = Field(3, ge=1, description="how many to leave, evenly over the steps")
-    seed: int = Field(0, ge=0, description="seed of weights, dropout and order")
+    seed: int = Field(0, ge=0, description="seed of weights, dropout, order and masks")
+    turnover: TurnOverSection | None = Field(
+        None, description="turn-over dropout, which method turnover asks; none: without"
+    )
 
     def settings(self) -> TrainSettings:
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainSettings)}
@@ -146,7 +150,7 @@ class MethodSection(Section):
 
     model_config = ConfigDict(extra="allow")
     shorthand = "name"
-    name: str = Field("tracin", description="tracin, gradient-dot, gradient-cosine or influence")
+    name: str = Field("tracin", description=", ".join(METHODS))
 
     @field_validator("name")
     @classmethod
@@ -164,14 +168,21 @@ class ClusterSection(Section):
     """Where the work runs; never changes a result."""
 
     address: str | None = Field(None, description="Ray address; default: the job's own cluster, else a local one")
-    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="auto: one per GPU, else one per core"
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] | dict[Literal["min", "max"], PositiveInt] = Field(
+        "auto", description="auto: one per GPU, else one per core; {min, max}: as many as an autoscaling cluster gives"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs if the cluster has any")
     backend: Literal["ray", "in-process"] = Field(
         "ray", description="in-process: no Ray, one worker (notebooks, tests)"
     )
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="share of non-finite rows at which the run stops")
+
+    @field_validator("workers")
+    @classmethod
+    def _in_order(cls, workers: Any) -> Any:
+        if isinstance(workers, dict) and not (len(workers) == 2 and workers["min"] <= workers["max"]):
+            raise ValueError(f"cluster.workers={workers!r} is not allowed: give min and max, min not above max.")
+        return workers
 
 
 class OutputSection(Section):
@@ -191,6 +202,47 @@ class OutputSection(Section):
     )
 
 
+class CorrectSection(Section):
+    """What launch/correct.py does; without effect on scoring."""
+
+    anchors: CorpusSection = Field(description="validation set that a round's anchors are drawn from")
+    held_out: CorpusSection = Field(description="set that is evaluated before and after, never learned from")
+    output: str = Field(description="local folder for the checkpoints, one a round")
+    pool: CorpusSection | None = Field(None, description="new data to learn from in place of the corpus (augmentation)")
+    rounds: int = Field(10, ge=1, description="steps of SGD, each after a scoring")
+    batch: int = Field(10, ge=1, description="anchors a round")
+    points: int = Field(10, ge=1, description="examples a step, at most: those that help the anchors most")
+    learning_rate: float = Field(1e-4, gt=0, description="η of a step on the examples' mean loss")
+    seed: int = Field(0, ge=0, description="seed of the anchors")
+
+
+class PlanSection(Section):
+    """What launch/plan.py is told in the place of looking; without effect on a job."""
+
+    examples: int | None = Field(None, ge=1, description="of the corpus; default: counted, which reads it once")
+    tokens: int | None = Field(None, ge=1, description="in all of them; default: counted")
+    queries: int | None = Field(None, ge=1, description="number of queries; default: counted")
+    checkpoints: int = Field(1, ge=1, description="number of checkpoints, where plan.model is given")
+    model: dict[str, Any] | None = Field(
+        None, description="a model's shape as in its config.json: then nothing is read, loaded or measured"
+    )
+    devices: list[str] = Field(["l4", "a100", "h100"], description="kinds of GPU in configs/cluster/devices.yaml")
+    counts: list[PositiveInt] = Field([1, 8, 64], description="numbers of devices")
+
+
+class PretrainSection(Section):
+    """The first of two stages, for method multistage: its corpus is what is scored, the other sections are fine-tuning."""
+
+    task: TaskSection = TaskSection()
+    checkpoints: CheckpointsSection = CheckpointsSection()
+    corpus: CorpusSection
+    shared: dict[str, str] = Field(
+        description="the weights W that both stages have, name in pretraining: name in fine-tuning; one * in both stands "
+        "for the same text"
+    )
+    modules: list[str] = Field(["*"], description="globs over pretraining's other weights that take part, U")
+
+
 class Config(Section):
     """A job: sections and their fields."""
 
@@ -204,6 +256,18 @@ class Config(Section):
     method: MethodSection = MethodSection()
     cluster: ClusterSection = ClusterSection()
     output: OutputSection = OutputSection()
+    plan: PlanSection = PlanSection()
+    correct: CorrectSection | None = None
+    pretrain: PretrainSection | None = None
+
+    @model_validator(mode="after")
+    def _stages(self) -> "Config":
+        if (self.method.name == "multistage") != (self.pretrain is not None):
+            raise ValueError(
+                "method.name=multistage and the section pretrain belong together: say what came before fine-tuning in "
+                "pretrain, or leave both out."
+            )
+        return self
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> Config:
@@ -296,6 +360,10 @@ def describe_config() -> str:
         assert kind is not None
         shorthand = f" A text for the whole section is its {kind.shorthand}." if kind.shorthand else ""
         lines += ["", *wrap(f"{name}: {_first_line(kind)}{shorthand}", 100), *describe_fields(kind)]
+        for key, field in kind.model_fields.items():
+            if (inner := section_in(field.annotation)) is not None:
+                lines += ["", *wrap(f"  {name}.{key}: {_first_line(inner)}", 100, subsequent_indent="  ")]
+                lines += describe_fields(inner, "    ")
         for choice, path in own.get(name, {}).items():
             made = import_path(path)
             lead = "method" if name == "method" else "task.settings"
@@ -322,4 +390,6 @@ def _first_line(made: Any) -> str:
 
 def _as_yaml(value: Any) -> str:
     """Return a default as a config would say it."""
+    if isinstance(value, Section):
+        return "{}"
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value)

@@ -7,11 +7,13 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from actors.cluster import connect, nodes, resources, worker_plan
 from actors.context import cache_folder, make_task
 from actors.index import Fields, IndexJob
+from actors.metrics import JobMetrics
 from actors.plan import checkpoint_units, shard_rows, shard_units, shards
 from actors.pool import InProcessPool, Pool
 from actors.progress import StageProgress, StageReport, report_table
@@ -20,9 +22,9 @@ from actors.run_stage import run_stage
 from actors.schedule import Limits
 from actors.solve import refuse_unfit, solve
 from actors.solve_job import SolveJob
-from actors.specs import GradientSpec, ModelSpec, ScoreSpec, declare_stage, digest
+from actors.specs import GradientSpec, ModelSpec, declare_stage, digest
 from actors.states import gradients_key, state_key
-from actors.units import Stage, Unit
+from actors.units import Receipt, Stage, Unit
 from actors.worker import MakeWorker
 from engine.knn import faiss_module
 from engine.memory import CPU_TOKENS
@@ -30,14 +32,19 @@ from engine.methods.contract import Method, inverse_of, load_method
 from engine.projection import Projection
 from engine.tasks.contract import Task
 from launch.config import Config
+from launch.forward import check_forward, one_of_each_training, score_forward
 from launch.influence import about_solve, check_rows, choose_candidates, default_modules, solved_sizes
 from launch.messages import tell
+from launch.multistage import PRETRAIN, open_stages, score_stages
 from launch.paths import refuse_relative_paths, refuse_unseen_paths
+from launch.scoring import declare_scores
 from launch.sources import TRAIN, ingest_set, model_spec, record_identity, same_model
 from launch.stage_records import LeasedJournal, finish_index
 from storage.corpus import Corpus
+from storage.damage import noting_damage
 from storage.gradients import SETTINGS_KEY, GradientStore, StoreSettings
-from storage.journal import Claim, EventLog, Journal, RunLease
+from storage.journal import EventLog, Journal
+from storage.leases import Claim, RunLease, UnitClaims
 from storage.locations import Location
 from storage.readers import source_files
 
@@ -56,7 +63,9 @@ class Job:
     events: EventLog
     lease: RunLease
     fields: Fields
+    folders: list[Path]  # of the checkpoints, on this machine
     reports: list[StageReport] = field(default_factory=list)
+    metrics: JobMetrics | None = None  # None without Ray
 
     def stage(self, name: str, function: str, settings: dict[str, Any], units: list[Unit]) -> None:
         """Run one stage to its end."""
@@ -64,41 +73,69 @@ class Job:
         journal = LeasedJournal(Journal(self.run, name), self.lease)
         damaged = [unit.key for unit in units if unit.key in set(journal.journal.damaged())]
         stage = Stage(name, function, settings | {"claim": Claim(name, self.lease.number)}, units)
-        report = run_stage(self.pool, stage, journal, self.progress, self.events, limits)
+        claims = UnitClaims(self.lease, journal.journal)
+
+        def take(receipt: Receipt | None) -> None:
+            if self.metrics:
+                self.metrics.state(name, len(units), self.progress.done, len(self.pool.workers))
+                if receipt:
+                    self.metrics.count(name, receipt)
+
+        report = run_stage(self.pool, stage, journal, self.progress, self.events, limits, take=take, claims=claims)
+        take(None)
         self.reports.append(report)
         journal.say_rebuilt(damaged, self.progress.note)
 
 
-def score(config: Config, say: Callable[[str], None] = tell) -> str:
-    """Run the whole job and return the label of its scores.
+def score(config: Config, say: Callable[[str], None] = tell, progress: StageProgress | None = None) -> str:
+    """Run the whole job and return the label of its scores; `progress` shows it, on standard error by default.
 
     Raises ValueError for a mistake in config or data, OSError for storage, StageStopped when a stage gives up; the same
     call then resumes. What can be known to be wrong before anything is written is refused without a run.
     """
+    refuse_relative_paths(config)
+    method = load_method(config.method.name, config.method.settings())
+    config = one_of_each_training(config, method, say)
     if config.queries is None:
         raise ValueError("queries is missing: say which predictions are asked about, for example queries: test.jsonl")
-    refuse_relative_paths(config)
     model, folders = model_spec(config, say)
-    method = load_method(config.method.name, config.method.settings())
     check_method(method, model, config)
     check_rows(method, config)
+    check_forward(method, config, model, folders, say)
     task = make_task(model, folders[0], cache_folder())
+    stages = open_stages(config, model, folders, task, say)
     for source in [config.queries] if config.run.store else [config.corpus, config.queries]:
         source_files(source.path)  # raises if there are none
     run = Location.parse(config.run.uri)
     run.probe()
-    with RunLease(run) as lease:
-        run.sweep()
-        record_identity(run, model, folders[0], task)
+    with RunLease(run) as lease, noting_damage(run):
         home = Location.parse(config.run.store) if config.run.store else run
-        if config.run.store:
-            same_model(home, run, model)
-        else:
-            ingest_set(run, TRAIN, config.corpus, task, config.task.name, folders[0], say, lease.check)
-        ingest_set(run, config.queries.name, config.queries, task, config.task.name, folders[0], say, lease.check)
+        with lease.turn("ingest", say):
+            run.sweep()
+            record_identity(run, model, folders[0], task)
+            if config.run.store:
+                same_model(home, run, model)
+            else:
+                ingest_set(run, TRAIN, config.corpus, task, config.task.name, folders[0], say, lease.check)
+            ingest_set(run, config.queries.name, config.queries, task, config.task.name, folders[0], say, lease.check)
+            if stages:
+                stages.ingest(run, say, lease.check)
         driver = f"{socket.gethostname()}-{lease.number}"  # never two at once under one name
         with worker_pool(config, run, model) as pool, EventLog(run, driver) as events:
-            job = Job(config, run, pool, model, StageProgress(), events, lease, shown_fields(task))
+            job = Job(config, run, pool, model, progress or StageProgress(), events, lease, shown_fields(task), folders)
+            job.metrics = JobMetrics(run.uri) if isinstance(pool, RayPool) else None
+            if method.reads != "gradients":
+                return reported(job, score_forward(job, home, say))
+            if stages:
+                looked = [
+                    inspect(one, say, list(weights), corpus)
+                    for one, weights, corpus in (
+                        (job, stages.weights.finetuning, TRAIN),
+                        (replace(job, model=stages.model), stages.weights.pretraining, PRETRAIN),
+                    )
+                ]
+                joint, before = (gradient_spec(config, seen, pool.device) for seen in looked)
+                return reported(job, score_stages(job, stages, (joint, before), say))
             seen = inspect(job, say)
             gradients = gradient_spec(config, seen, pool.device)
             if inverse := inverse_of(method):
@@ -107,10 +144,14 @@ def score(config: Config, say: Callable[[str], None] = tell) -> str:
                 collect(job, gradients, seen)
             if config.gradients.store and config.run.store:
                 check_store(config, home, seen)
-            label = score_and_index(job, gradients, seen, home, say)
-            looked = [report for report in job.reports if not report.stage.startswith("inspect-")]  # it has no rows
-            job.progress.console.print(report_table(looked))
-        return label
+            return reported(job, score_and_index(job, gradients, seen, home, say))
+
+
+def reported(job: Job, label: str) -> str:
+    """Print what the stages did, and return the label."""
+    looked = [report for report in job.reports if not report.stage.startswith("inspect-")]  # it has no rows
+    job.progress.console.print(report_table(looked))
+    return label
 
 
 def shown_fields(task: Task) -> Fields:
@@ -142,7 +183,7 @@ def worker_pool(config: Config, run: Location, model: ModelSpec) -> Iterator[Poo
     """Give the pool that the config asks for."""
     cluster = config.cluster
     if cluster.backend == "in-process":
-        workers = 1 if cluster.workers == "auto" else cluster.workers
+        workers = cluster.workers if isinstance(cluster.workers, int) else 1
         with InProcessPool(MakeWorker(run.uri, "cpu"), workers) as pool:
             yield pool
         return
@@ -150,15 +191,17 @@ def worker_pool(config: Config, run: Location, model: ModelSpec) -> Iterator[Poo
         refuse_unseen_paths(run, model, config.run.store)
     plan = worker_plan(cluster.workers, cluster.device, resources())
     device = "cuda" if plan.gpus else "cpu"
-    with RayPool(MakeWorker(run.uri, device), plan.count, plan.cpus, plan.gpus) as ray_pool:
+    with RayPool(MakeWorker(run.uri, device), plan.count, plan.cpus, plan.gpus, plan.most) as ray_pool:
         yield ray_pool
 
 
-def inspect(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
-    """Let a worker load the model once and say what it found: parameters, layout, coverage."""
+def inspect(
+    job: Job, say: Callable[[str], None], modules: list[str] | None = None, corpus: str = TRAIN
+) -> dict[str, Any]:
+    """Let a worker load the model once and say what it found: parameters (or those of `modules`), layout, coverage."""
     config = job.config
     settings = {
-        "modules": config.gradients.modules or default_modules(config),
+        "modules": modules or config.gradients.modules or default_modules(config),
         "projection": asdict(projection(config)),
         "stored": config.gradients.store or config.gradients.projection != "none",
         "coverage": config.gradients.coverage,
@@ -174,7 +217,7 @@ def inspect(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
         "model": job.model,
         "projection": projection(config),
         "home": config.run.store,
-        "corpus": TRAIN,
+        "corpus": corpus,
     }
     job.stage(name, "inspect", carried, [Unit("model", {"key": key})])
     seen = job.run.read_json(key)
@@ -253,26 +296,12 @@ def score_and_index(
 ) -> str:
     """Stages 2 to 4: prepare the queries, score every shard, merge into the index."""
     config = job.config
-    assert config.queries is not None
     method = load_method(config.method.name, config.method.settings())
-    names = tuple(job.model.checkpoints[i].name for i in method.checkpoints(len(job.model.checkpoints)))
     stored = config.gradients.store
     corpus = Corpus.open(home, TRAIN)
     rows = _score_shard_rows(job, home, corpus, seen, stored)
-    what: dict[str, Any] = {
-        "method": config.method.name, "method_settings": config.method.settings(), "checkpoints": names,
-        "queries": config.queries.name, "corpus": TRAIN, "home": config.run.store, "stored": stored,
-        "top_k": config.output.top_k, "dense": config.output.dense,
-    }  # fmt: skip
-    record = what | {
-        "gradients": asdict(gradients), "model": job.model.record(), "shard_rows": rows,
-        "home_fingerprint": corpus.fingerprint if config.run.store else None,
-    }  # fmt: skip
-    if sum(segment.ends for segment in corpus.segments) > 1:  # it has grown: these scores are others than those before
-        record["examples"] = corpus.rows
-    label = config.output.label or f"{config.method.name}-{config.queries.name}-{digest(record)[:6]}"
-    declare_stage(job.run, f"score-{label}", record, "another output.label")
-    spec = ScoreSpec(label=label, **what)
+    spec = declare_scores(job, gradients, corpus, rows, stored)
+    label, names = spec.label, spec.checkpoints
     settings = {"model": job.model, "gradients": gradients, "score": spec}
     pieces, inverse = shards(corpus, rows), inverse_of(method)
     key = gradients_key if inverse else state_key
@@ -281,12 +310,13 @@ def score_and_index(
     if inverse:
         chosen = choose_candidates(job, spec, gradients, corpus, rows)
         notes = LeasedJournal(Journal(job.run, f"solve-{label}"), job.lease)
-        solve(
-            SolveJob(
-                job.run, job.pool, notes, job.stage, job.lease.check, job.events, say, job.model, gradients, spec,
-                inverse, corpus, solved_sizes(inverse, seen), pieces, rows, chosen,
-            )
-        )  # fmt: skip
+        with job.lease.turn(f"solve-{label}", say):
+            solve(
+                SolveJob(
+                    job.run, job.pool, notes, job.stage, job.lease.check, job.events, say, job.model, gradients, spec,
+                    inverse, corpus, solved_sizes(inverse, seen), pieces, rows, chosen,
+                )
+            )  # fmt: skip
     if not stored:
         job.stage(f"compute-{label}", "compute", settings, checkpoint_units(names, pieces, TRAIN))
     job.stage(f"score-{label}", "score", settings, shard_units(pieces, TRAIN))
@@ -296,7 +326,8 @@ def score_and_index(
     )
     if inverse:
         index = replace(index, about=about_solve(index, method, say))
-    finish_index(index, job.lease, config.output.neighbours, say)
+    with job.lease.turn(f"index-{label}", say):
+        finish_index(index, job.lease, config.output.neighbours, say)
     return label
 
 

@@ -1,6 +1,6 @@
 """Answers to new queries from what a run has stored: prepare the query as the job would, then scan the store exactly."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,9 @@ import numpy as np
 from actors.context import CheckpointSource, WorkerContext
 from actors.index import Fields, belongs, find_briefs
 from actors.neighbours import EXACT, about_search, search_neighbours
-from actors.plan import shards
 from actors.prepare import query_batches, refuse_nonfinite
-from actors.projected import solve_new
-from actors.score import add_up, state_block
-from actors.solve import leave_out
+from actors.scan import scan as scan_store
+from actors.solve import leave_out, solve_new
 from actors.specs import CheckpointSpec, GradientSpec, ModelSpec, ScoreSpec
 from engine.batches import Batch
 from engine.limits import read_limits
@@ -22,7 +20,7 @@ from engine.methods.contract import Method, QueryState, inverse_of, load_method
 from engine.projection import Projection
 from engine.tasks.contract import Task, encode, predict
 from engine.tasks.labels import Labels
-from engine.topk import TopK, merge
+from engine.topk import TopK
 from storage.corpus import Corpus, erased_ids
 from storage.index import SIDES, ScoreIndex
 from storage.locations import Location
@@ -101,19 +99,32 @@ def read_setting(run: Location, index: ScoreIndex) -> Setting:
     )
 
 
+def answers_at_once(setting: Setting) -> bool:
+    """Tell whether these scores answer a new query from what is stored."""
+    return setting.method.online and setting.score.stored
+
+
 def refuse_offline(setting: Setting) -> None:
     """Raise ValueError for scores that cannot answer a new query at once."""
-    if not (setting.method.online and setting.score.stored):
+    if not answers_at_once(setting):
         raise ValueError(
             f"scores {setting.score.label} cannot answer a new text at once: "
             + (
                 "they were made without a store. "
                 if setting.method.online
-                else "every query needs a solve of its own. "
+                else "every query needs passes of its own over the training data. "
             )
             + "Put it into a query set and run score.py, or score with "
             + ("gradients.store=true." if setting.method.online else "a method that is online.")
         )
+
+
+def text_field(setting: Setting) -> str:
+    """Return the field that the task reads a text from. Raises ValueError for a task that reads none."""
+    field = getattr(setting.task, "text_field", None)
+    if field is None:
+        raise ValueError(f"task {setting.model.task} reads no text: store such queries in a query set and run score.py")
+    return field
 
 
 def with_labels(setting: Setting, records: list[dict[str, Any]], labels: list[Any] | None) -> list[dict[str, Any]]:
@@ -167,7 +178,7 @@ def encoded(setting: Setting, record: dict[str, Any]) -> list[dict[str, Any]]:
 def score_records(setting: Setting, records: list[dict[str, Any]], k: int, kind: str = EXACT) -> list[Answer]:
     """Return the proponents and opponents of new records.
 
-    "exact" scans the store, one shard in memory at a time; another kind asks the neighbour index of that name.
+    "exact" scans the store, a shard a core in memory at a time; another kind asks the neighbour index of that name.
     """
     if k < 1:
         raise ValueError(f"k={k} is not allowed: must be at least 1")
@@ -193,7 +204,7 @@ def prepare_records(setting: Setting, records: list[dict[str, Any]]) -> dict[str
     rows = [first_row(one_example(setting, record)) for record in records]
     states = {}
     for name in setting.score.checkpoints:
-        source = CheckpointSource(setting.context, setting.model, name, setting.gradients, "rows")
+        source = CheckpointSource(setting.context, setting.model, name, setting.gradients, "rows", setting.score.label)
         states[name] = setting.method.prepare(batches_of(setting, rows), source)
         refuse_nonfinite(states[name], source.layout, ["(new)"] * len(rows), name)
         if inverse := inverse_of(setting.method):
@@ -232,18 +243,12 @@ def first_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def scan(setting: Setting, states: dict[str, QueryState], k: int) -> TopK:
-    """Return the top-k of all stored rows, one shard after another."""
-    top, corpus, spec = None, setting.corpus, replace(setting.score, top_k=k, dense=False)
-    segments, erased = {s.name: s for s in corpus.segments}, erased_ids(corpus.run, corpus.name)
-    for at in shards(corpus, setting.shard_rows):
-        ids = segments[at["segment"]].base + np.arange(at["start"], at["stop"], dtype=np.int64)
-        parts = (
-            state_block(setting.context, setting.score, setting.gradients, at, ids, n, s) for n, s in states.items()
-        )
-        here = add_up(ids, parts, spec, erased=erased).top
-        top = here if top is None else merge(top, here, k)
-    assert top is not None
-    return top
+    """Return the top-k of all stored rows."""
+    corpus = setting.corpus
+    erased = erased_ids(corpus.run, corpus.name)
+    return scan_store(
+        setting.context, setting.method, setting.score, setting.gradients, corpus, setting.shard_rows, states, k, erased
+    )
 
 
 def found(setting: Setting, side: str, ids: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from storage.index import ScoreIndex
 from storage.rows import OWN
 
 SIDES = {"proponents": "training on them lowered its loss", "opponents": "training on them raised it"}
+OF_LOGITS = {"proponents": "they raise the logit of its class", "opponents": "they lower it"}
 _SAID = ("source_id", "label", "labels", "target")  # in the first line on a query
 _LONGEST = 16  # numbers of a list that is shown
 _STRONG = 0.3  # share of the strongest token's score from which a token is marked
@@ -51,11 +52,13 @@ def answer(
     exact: bool = False,
     collapse: bool = False,
     tokens: bool = False,
+    yes: bool = False,
 ) -> dict[str, Any]:
     """Return the answer as `--json` prints it: query, method, score_unit, proponents and opponents, best first.
 
     Rows without a text carry the example's own `fields`; with `collapse` the ids of `near_identical` examples, and
-    with `tokens` what every token contributes to the score.
+    with `tokens` what every token contributes to the score. Scores that cannot answer a new query at once start a job
+    with `yes`; without it ValueError says how long that takes.
     """
     if (query is None) == (text is None):
         raise ValueError("give either --query (a stored query) or --text (a new one)")
@@ -68,7 +71,7 @@ def answer(
     if row is not None and label is None:
         asked = ask_stored(run, index, row, wanted)
     else:
-        asked = ask_now(run, index, row, text, label, wanted, exact)
+        asked = ask_now(run, index, row, text, label, wanted, exact, yes)
     found = {
         "query": shown(asked.query), "method": index.meta["method"], "score_unit": index.meta["score_unit"],
         "scores": index.label, "search": asked.search,
@@ -88,14 +91,26 @@ def ask_stored(run: Run, index: ScoreIndex, row: int, k: int) -> Asked:
 
 
 def ask_now(
-    run: Run, index: ScoreIndex, row: int | None, text: str | None, label: str | None, k: int, exact: bool
+    run: Run, index: ScoreIndex, row: int | None, text: str | None, label: str | None, k: int, exact: bool, yes: bool
 ) -> Asked:
     """Return the answer to a new text, or to a stored query under another label."""
+    from launch.online import answers_at_once, text_field
+
     labels = None if label in (None, "predicted") else [label]
-    if row is None:
+    setting = run.setting(index.label)
+    if not answers_at_once(setting):
+        from launch.later import answer_later, refuse_unasked
+
+        if not yes:
+            refuse_unasked(run, setting)
+        field = text_field(setting)
+        found = answer_later(
+            run, setting, {field: text if row is None else run.queries(index).row(row)[field]}, labels, k
+        )
+    elif row is None:
         [found] = run.score([str(text)], labels, k, index.label, exact)
     else:
-        [found] = run.ask([run.queries(index).row(row)], labels, k, run.setting(index.label), exact)
+        [found] = run.ask([run.queries(index).row(row)], labels, k, setting, exact)
     sides = {"proponents": found.proponents, "opponents": found.opponents}
     return Asked(found.query | {"id": row}, sides, found.search, found.recall)
 
@@ -162,7 +177,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     searched = found.get("search", "exact")
     how = "" if searched == "exact" else f"; found by the {searched} index, which finds {shares(found['recall'])}"
     console.print(f"{found['method']}, scores in units of {found['score_unit']}{how}", style="dim", highlight=False)
-    for side, meaning in SIDES.items():
+    for side, meaning in (OF_LOGITS if found["score_unit"] == "logit" else SIDES).items():
         console.print(side_table(f"{side}: {meaning}", found[side]), markup=False)
     for note in found.get("collapsed", {}).get("notes", []):
         console.print(f"only {note}", style="dim", highlight=False)
@@ -231,6 +246,7 @@ def main(
         bool, typer.Option("--collapse", help="show near-identical texts once; --top counts groups")
     ] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="what each token contributes (language models)")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="start the job that a new query may take")] = False,
     url: Annotated[str | None, typer.Option(help="address of a service (launch/serve.py) that has RUN by name")] = None,
     token: Annotated[str | None, typer.Option(envvar="INFLUENCE_TOKEN", help="token for that service")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -239,10 +255,12 @@ def main(
     find_modules_here()
     with plain_errors():
         if url is None:
-            found = answer(Run.open(run), query, text, label, top, scores, exact, collapse, tokens)
+            found = answer(Run.open(run), query, text, label, top, scores, exact, collapse, tokens, yes)
         else:
-            if exact or collapse or tokens:
-                raise ValueError("--exact, --collapse and --tokens are not allowed with --url: ask the run itself")
+            if exact or collapse or tokens or yes:
+                raise ValueError(
+                    "--exact, --collapse, --tokens and --yes are not allowed with --url: ask the run itself"
+                )
             from launch.client import Client, ask  # half a second that stored answers do without
 
             with Client(url, token) as service:

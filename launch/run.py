@@ -117,12 +117,10 @@ class Run:
         """
         if isinstance(texts, str):
             raise ValueError(f"texts={texts!r} is one text: give a list, [{texts!r}]")
+        from launch.online import text_field
+
         setting = self.setting(scores)
-        field = getattr(setting.task, "text_field", None)
-        if field is None:
-            raise ValueError(
-                f"task {setting.model.task} reads no text: store such queries in a query set and run score.py"
-            )
+        field = text_field(setting)
         return self.ask([{field: text} for text in texts], labels, k, setting, exact, collapse)
 
     def ask(

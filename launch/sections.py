@@ -118,6 +118,8 @@ def allowed(kind: Any, limits: Iterable[Any] = ()) -> str:
         return f"{', '.join(others)} or {last}" if others else last
     if origin in (list, tuple):
         return f"a list of {_PLURALS[inner[0]]}" if inner and inner[0] in _PLURALS else "a list"
+    if origin is dict and get_origin(inner[0]) is Literal:
+        return f"a mapping of {' and '.join(get_args(inner[0]))}"
     section = section_in(kind)
     if section is not None:
         short = f", or a text for its {section.shorthand}" if section.shorthand else ""

@@ -3,7 +3,8 @@
     python launch/train.py CONFIG [section.key=value …]
 
 Each checkpoint is a folder `checkpoint-<step>` with weights and a trainer_state.json whose log holds the learning rate,
-the form in which the Hugging Face Trainer leaves them.
+the form in which the Hugging Face Trainer leaves them. A training that was stopped goes on from its last checkpoint to the
+same bits: run the same command again.
 """
 
 from launch.command import find_modules_here, run_command  # isort: split
@@ -18,52 +19,93 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
 from actors.context import cache_folder, make_task
-from actors.specs import ModelSpec
+from actors.specs import ModelSpec, first_difference
 from engine.limits import InputLimits, read_limits
 from engine.models import save_checkpoint
 from engine.tasks.contract import Task, encode, initialise
-from engine.training import Step, train
-from launch.config import Config, load_config
+from engine.training import Step, TrainState, train
+from engine.turnover import TurnOver, under_own_masks
+from launch.config import Config, CorpusSection, load_config
 from launch.messages import plain_errors, tell
+from launch.sources import content
+from launch.turnover import REPORT, Masked, add_masks, batches, what_trains, write_whole
+from storage.checkpoints import STATE
 from storage.locations import Location
 from storage.readers import read_records
 
+OPTIMIZER = "optimizer.pt"  # beside the weights: the state from which a training goes on
+
 
 def train_model(config: Config, say: Callable[[str], None] = tell) -> Path:
-    """Train, write the checkpoints and return their folder.
+    """Train, write the checkpoints and return their folder; a training that was stopped goes on from its last one.
 
-    Raises ValueError if the folder already holds checkpoints: a finished training is never written over.
+    Raises ValueError if the folder holds a finished training, which is never written over, or another one's.
     """
     given = config.train.output or config.checkpoints.path
     if not isinstance(given, str) or "://" in given:
         raise ValueError(f"train.output={given!r} is not allowed: name a local folder for the checkpoints")
     output = Path(given)
-    if any(output.glob("checkpoint-*")):
+    seeds = config.train.turnover.seeds if config.train.turnover else 1
+    folders = [output] if seeds == 1 else [output / f"seed-{number}" for number in range(seeds)]
+    left = [(number, folder) for number, folder in enumerate(folders) if not finished(folder, identity(config))]
+    if not left:
         raise ValueError(f"{output} already holds checkpoints: remove it, or set train.output to another folder")
+    for number, folder in left:
+        train_once(config, folder, number, say)
+    return output
+
+
+def train_once(config: Config, output: Path, number: int, say: Callable[[str], None]) -> None:
+    """Train one model from its beginning or from its last checkpoint; `number`: under which of the mask seeds."""
     torch.manual_seed(config.train.seed)
     base = Location.parse(config.train.base).fetch(cache_folder()) if config.train.base else None
     spec = ModelSpec(config.task.name, config.task.settings, (), "float32", config.gradients.attention)
     task = make_task(spec, base, cache_folder())
     model = initialise(task, base).to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = training_rows(config, task, read_limits(base) if base else InputLimits(None, None))
+    limits = read_limits(base) if base else InputLimits(None, None)
+    rows = training_rows(config.corpus, task, limits)
     settings = config.train.settings()
-    log: list[dict[str, Any]] = []
+    masked = with_masks(config, model, task, rows, limits, output, number) if config.train.turnover else None
+    if masked and config.train.turnover:
+        settings = what_trains(model, config.train.turnover, settings, "trainable" in config.train.model_fields_set)
+    loss = under_own_masks(masked.turnover, task.loss) if masked else task.loss
+    per_epoch = -(-len(rows) // settings.batch_size)
+    state, log = resumed(output, task, model, say)
+    if masked and not state:
+        masked.look(settings)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("training", total=settings.epochs * -(-len(rows) // settings.batch_size))
-        for step in train(model, task.loss, task.collate, rows, settings):
+        bar = progress.add_task("training", total=settings.epochs * per_epoch, completed=len(log))
+        for step in train(model, loss, task.collate, rows, settings, state):
             log.append({"step": step.step, "epoch": step.epoch, "learning_rate": step.learning_rate, "loss": step.loss})
             progress.advance(bar)
+            if masked and step.step % per_epoch == 0:
+                masked.curves({"step": step.step, "epoch": step.epoch})
             if step.checkpoint:
-                save(model, task, output / f"checkpoint-{step.step}", log, step)
-                say(f"checkpoint-{step.step}: epoch {step.epoch:.2f}, loss {recent(log):.4f}")
-    return output
+                folder = output / f"checkpoint-{step.step}"
+                save(model, task, folder, masked.turnover if masked else None, step)
+                finish(folder, log, step, settings.epochs * per_epoch, identity(config))
+                say(f"{folder.name}: epoch {step.epoch:.2f}, loss {recent(log):.4f}")
 
 
-def training_rows(config: Config, task: Task, limits: InputLimits) -> list[dict]:
-    """Return the corpus as collate reads it, ids in corpus order."""
-    records = islice(read_records(config.corpus.path, split=config.corpus.split), config.corpus.limit)
+def with_masks(
+    config: Config, model: nn.Module, task: Task, rows: list[dict], limits: InputLimits, output: Path, number: int
+) -> Masked:
+    """Put masks on the model and choose the examples of the learning curves: the queries are the test examples."""
+    section = config.train.turnover
+    assert section is not None
+    turnover = add_masks(model, task, section, rows, config.train.seed, number)
+    asked = training_rows(config.queries, task, limits) if config.queries else []
+    device = next(model.parameters()).device
+    looked = [batches(task, part[: section.curves], device) for part in (rows, [row | {"id": -1} for row in asked])]
+    return Masked(turnover, task, looked[0], looked[1], output / REPORT)
+
+
+def training_rows(section: CorpusSection, task: Task, limits: InputLimits) -> list[dict]:
+    """Return a corpus as collate reads it, ids in corpus order."""
+    records = islice(read_records(section.path, split=section.split), section.limit)
     rows: list[dict] = []
     for record, where in records:
         try:
@@ -72,8 +114,56 @@ def training_rows(config: Config, task: Task, limits: InputLimits) -> list[dict]
             raise ValueError(f"{where}: {error}") from error
         rows += [record | row | {"id": len(rows) + i} for i, row in enumerate(encoded)]
     if not rows:
-        raise ValueError(f"corpus {config.corpus.path} is empty: there is nothing to train on")
+        raise ValueError(f"corpus {section.path} is empty: there is nothing to train on")
     return rows
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Return what a checkpoint's training must have in common with this one, for it to go on from there."""
+    return {
+        "train": config.train.model_dump(exclude={"output"}),
+        "task": config.task.model_dump(),
+        "corpus": config.corpus.model_dump(exclude={"path"}) | {"content": content(config.corpus.path)},
+    }
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """Return the last whole checkpoint of a folder."""
+    whole = {
+        int(path.parent.name.removeprefix("checkpoint-")): path.parent for path in output.glob(f"checkpoint-*/{STATE}")
+    }
+    return whole[max(whole)] if whole else None
+
+
+def finished(output: Path, ours: dict[str, Any]) -> bool:
+    """Tell whether a folder holds a whole training. Raises ValueError if it is another one than this, or unknown."""
+    last = last_checkpoint(output)
+    if last is None:
+        return False
+    state = json.loads((last / STATE).read_text())
+    theirs = state.get("training")
+    if theirs is None or state["global_step"] == state["max_steps"]:
+        return True
+    if theirs != json.loads(json.dumps(ours)):
+        where, before, now = first_difference(theirs, json.loads(json.dumps(ours)))
+        raise ValueError(
+            f"{output} holds a training that was stopped, with {where}={before!r}; this one has {now!r}. Restore that "
+            f"value to go on, remove the folder, or set train.output to another one."
+        )
+    return False
+
+
+def resumed(
+    output: Path, task: Task, model: nn.Module, say: Callable[[str], None]
+) -> tuple[TrainState | None, list[dict[str, Any]]]:
+    """Return state and log of the training that was stopped here, its weights put into the model; none at a beginning."""
+    last = last_checkpoint(output)
+    if last is None:
+        return None, []
+    model.load_state_dict(task.build(last).state_dict())
+    state = TrainState(**torch.load(last / OPTIMIZER, map_location="cpu", weights_only=True))
+    say(f"going on from {last.name}")
+    return state, json.loads((last / STATE).read_text())["log_history"]
 
 
 def recent(log: list[dict[str, Any]], steps: int = 50) -> float:
@@ -82,14 +172,23 @@ def recent(log: list[dict[str, Any]], steps: int = 50) -> float:
     return sum(losses) / len(losses)
 
 
-def save(model: torch.nn.Module, task: Task, folder: Path, log: list[dict[str, Any]], step: Step) -> None:
-    """Write one checkpoint folder; trainer_state.json comes last and says that it is whole."""
+def save(model: nn.Module, task: Task, folder: Path, turnover: TurnOver | None, step: Step) -> None:
+    """Write weights, tokenizer, masks and what the training needs to go on."""
     save_checkpoint(model, folder)
     tokenizer = getattr(task, "tokenizer", None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    state = {"global_step": step.step, "epoch": step.epoch, "log_history": log}
-    (folder / "trainer_state.json").write_text(json.dumps(state, indent=1))
+    if turnover is not None:
+        turnover.save(folder)
+    torch.save(vars(step.state()), folder / OPTIMIZER)
+
+
+def finish(folder: Path, log: list[dict[str, Any]], step: Step, last: int, training: dict[str, Any]) -> None:
+    """Write trainer_state.json, which comes last and says that the checkpoint is whole."""
+    state = {
+        "global_step": step.step, "max_steps": last, "epoch": step.epoch, "log_history": log, "training": training
+    }  # fmt: skip
+    write_whole(folder / STATE, json.dumps(state, indent=1))
 
 
 def main(

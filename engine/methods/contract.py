@@ -24,6 +24,9 @@ METHODS = {
     "gradient-cosine": "engine.methods.tracin:GradientCosine",
     "influence": "engine.methods.influence:Influence",
     "fastif": "engine.methods.fastif:FastIF",
+    "turnover": "engine.methods.turnover:TurnOverDropout",
+    "multistage": "engine.methods.multistage:MultiStage",
+    "representer": "engine.methods.representer:Representer",
 }
 
 
@@ -80,18 +83,29 @@ class Source(Protocol):
     """A checkpoint as a method sees it."""
 
     learning_rate: float | None
-    layout: RowLayout
     parameters: tuple[str, ...]  # of the norm columns
 
+    @property
+    def layout(self) -> RowLayout: ...
     def model(self) -> nn.Module: ...
     def gradients(self, batch: Batch) -> GradientBatch: ...  # of the measurement
+
+
+class ForwardSource(Protocol):
+    """A checkpoint as a method sees it that takes no gradient."""
+
+    def losses(self, batch: Batch) -> Tensor: ...  # the measurement, float64 [B]
+    def features(self, batch: Batch) -> Tensor: ...  # what the last layer is given, float32 [B, H]
+    def target(self, batch: Batch) -> Tensor: ...  # true classes, int64 [B]
+    def head(self) -> Tensor: ...  # the last layer trained again for these scores, float64 (K, H)
 
 
 class Method(Protocol):
     """An attribution method; its settings are its fields.
 
     One that scores along inverse-curvature products has the property `inverse` besides (inverse_of); one that
-    scores some examples of each query alone, `nearest` (nearest_of).
+    scores some examples of each query alone, `nearest` (nearest_of); one whose score is the mean over checkpoints,
+    `averages`.
     `scale` is what rows and queries are multiplied with, given their own norms, so that the weighted score is one inner
     product: what a neighbour index needs.
     """
@@ -126,6 +140,11 @@ def inverse_of(method: Method) -> InverseCurvature | None:
 def nearest_of(method: Method) -> Nearest | None:
     """Return by which features the method's candidates are found; None for a method that scores every example."""
     return getattr(method, "nearest", None)
+
+
+def averages(method: Method) -> bool:
+    """Tell whether the score is the mean over checkpoints, with a standard error, in the place of their weighted sum."""
+    return bool(getattr(method, "averages", False))
 
 
 def join_batches(parts: list[GradientBatch]) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:

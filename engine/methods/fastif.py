@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.batches import Batch
 from engine.methods.contract import QueryState, Rows, ScoreBlock, Source
 from engine.methods.influence import Count, Kind, Positive
-from engine.methods.inverse import InverseCurvature
+from engine.methods.inverse import InverseCurvature, one_damping
 from engine.methods.nearest import Nearest
 from engine.methods.tracin import one_checkpoint, query_gradients
 
@@ -27,7 +27,8 @@ class FastIF:
     features: Literal["pooled", "last-hidden"] = "pooled"  # or the last layer's mean over tokens; a task's own go first
     anchors: bool = False  # one list of candidates for all queries: the nearest of their mean feature
     recall_sample: Count = 200  # other examples scored for each of a few queries, to estimate what is missed
-    damping: Positive | None = None  # λ relative to λ_max; default 0.1. The paper's d is λ/s
+    damping: Positive | None = None  # λ relative to λ_max; default 0.1
+    damping_absolute: Positive | None = None  # λ itself, in its place; the paper's d·s: 5e-3 · 1e4 = 50 on MNLI
     curvature: Kind = "gauss-newton"
     rows: Count | None = None  # training examples that estimate the curvature; default all
     query_block: Count = 16  # queries solved together: time per query falls, memory rises
@@ -44,11 +45,15 @@ class FastIF:
     weighs_by_learning_rate: ClassVar[bool] = False
     needs_norms: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        one_damping(self.damping, self.damping_absolute)
+
     @property
     def inverse(self) -> InverseCurvature:
         return InverseCurvature(
             "lissa", self.curvature, self.damping, self.rows, query_block=self.query_block, l2=self.l2, dtype=self.dtype,
             depth=self.depth, batch_size=self.batch_size, repetitions=self.repetitions, scale=self.lissa_scale,
+            damping_absolute=self.damping_absolute,
         )  # fmt: skip
 
     @property

@@ -1,15 +1,12 @@
 """Questions that take a job: new queries for scores whose method cannot answer at once.
 
-    <run>/jobs/<id>/job.json       the scores asked, and the config of the job: `score.py`'s, over this run's own settings
-    <run>/jobs/<id>/asked.jsonl    the queries
+    <run>/jobs/<id>/job.json       the scores asked, and the config of the job (launch/later.py)
     <run>/jobs/<id>/failed.json    why it failed, if it did
-    <run>/jobs/<id>/…              the job's own run, which reads corpus and store of the outer one
 
-The id is a hash of what is asked: asking the same again finds the same job, and takes up one that stopped. The work is
-done by a process of its own, `python -m launch.service.jobs URI`, which outlives the service.
+Asking the same again finds the same job, and takes up one that stopped. The work is done by a process of its own,
+`python -m launch.service.jobs URI`, which outlives the service.
 """
 
-import hashlib
 import json
 import re
 import subprocess
@@ -19,12 +16,12 @@ from typing import Any
 
 from launch.config import make_config
 from launch.job import score
+from launch.later import job_config, job_id
 from launch.service.catalog import RunView
 from launch.service.errors import Busy, NotFound
 from storage.locations import Location
 
 ID = re.compile(r"[0-9a-f]{16}")
-QUERIES = "asked"
 
 
 class JobBoard:
@@ -42,7 +39,7 @@ class JobBoard:
         """
         rows = _rows(run, scores, records, labels)
         asked = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        job = hashlib.sha256(json.dumps([scores, rows]).encode()).hexdigest()[:16]
+        job = job_id(scores, rows)
         place = run.location.child("jobs", job)
         with self._lock:
             if self._is_alive(job) or place.exists(f"index/{scores}/meta.json"):
@@ -50,7 +47,7 @@ class JobBoard:
             if self._running and self._running[1].poll() is None:
                 raise Busy("a job is at work: ask again when it is done, or run launch/score.py with a query set")
             place.create("asked.jsonl", asked)
-            place.create_json("job.json", {"scores": scores, "config": job_config(run, scores, place)})
+            place.create_json("job.json", {"scores": scores, "config": job_config(run.location, scores, place)})
             place.delete("failed.json")
             command = [sys.executable, "-m", "launch.service.jobs", place.uri]
             silent = subprocess.DEVNULL
@@ -93,40 +90,6 @@ def answers(view: RunView, scores: str, k: int) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return found
-
-
-def job_config(run: RunView, scores: str, place: Location) -> dict[str, Any]:
-    """Return the config that scores new queries exactly as the stored ones of these scores were."""
-    record = run.location.read_json(f"stages/score-{scores}.json")
-    home = Location.parse(record["home"]) if record["home"] else run.location
-    model, gradients = record["model"], record["gradients"]
-    checkpoints = [run.location.read_json(key) for key in run.location.list("checkpoints")]
-    kept = {"shard_rows": record["shard_rows"]}
-    if record["stored"]:
-        settings = home.read_json("gradients/store.json")
-        kept |= {"dtype": settings["dtype"], "compression": settings["compression"]}
-    return {
-        "run": {"uri": place.uri, "store": home.uri, "seed": gradients["projection"]["seed"]},
-        "task": {"name": model["task"], "settings": model["task_settings"]},
-        "checkpoints": {
-            "path": [
-                {"path": c["uri"], "step": c["step"]}
-                | ({} if c["learning_rate"] is None else {"learning_rate": c["learning_rate"]})
-                for c in sorted(checkpoints, key=lambda c: c["step"])
-            ]
-        },
-        "corpus": home.uri,  # not read: the rows of the store's run are scored
-        "queries": {"name": QUERIES, "path": f"{place.uri}/asked.jsonl"},
-        "gradients": {
-            "modules": gradients["parameters"], "projection": gradients["projection"]["kind"],
-            "dim": gradients["projection"]["dim"], "store": record["stored"], "compute": model["compute"],
-            "norms": gradients["norms"], "attention": model["attention"], "token_budget": gradients["token_budget"],
-            "coverage": 0, **kept,
-        },
-        "method": {"name": record["method"], **record["method_settings"]},
-        "cluster": {"backend": "in-process"},
-        "output": {"top_k": record["top_k"], "label": scores},
-    }  # fmt: skip
 
 
 def _rows(

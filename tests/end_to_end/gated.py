@@ -27,12 +27,16 @@ class Gated(TextClassification):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         if not torch.is_grad_enabled():
             return super().loss(model, batch)  # a look at the model, no unit's work
+        self.note(model, batch)
+        return super().loss(model, batch)
+
+    def note(self, model: nn.Module, batch: Batch) -> None:
+        """Write the batch down, and wait if its row is held."""
         ids = batch.ids.tolist()
         mark = f"{float(next(model.parameters()).detach().double().sum()):.6f}"
         with (self.gate / "tally").open("a") as file:
             file.write(f"{os.getpid()} {torch.get_num_threads()} {mark} {','.join(map(str, ids))}\n")
         self.wait(ids)
-        return super().loss(model, batch)
 
     def wait(self, ids: list[int]) -> None:
         hold = self.gate / "hold"
@@ -43,6 +47,14 @@ class Gated(TextClassification):
             (self.gate / f"held.{os.getpid()}").touch()
             while hold.exists():
                 time.sleep(0.02)
+
+
+class GatedForward(Gated):
+    """The same for methods whose units are forward passes alone."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        self.note(model, batch)
+        return TextClassification.loss(self, model, batch)
 
 
 def tally(gate: Path) -> list[tuple[int, int, str, list[int]]]:

@@ -35,12 +35,37 @@ def test_it_runs(path: Path, small_base: Path, tmp_path: Path) -> None:
         *([f"train.base={small_base}"] if text else []),
         *(["method.depth=20", "method.repetitions=2"] if path.stem == "fastif" else []),
     ]  # fmt: skip
+    if path.stem == "multistage":
+        overrides = [*overrides, *pretrained(path, overrides, tmp_path / "pretrained")]
     config = load_config(str(path), overrides)
     train_model(config, lambda _: None)
     score(config, lambda _: None)
     run = Run.open(str(tmp_path / "run"))
     assert run.index().meta["method"] == config.method.name
     assert run.top(2, k=5).num_rows == 10
+
+
+def pretrained(path: Path, overrides: list[str], folder: Path) -> list[str]:
+    """Train the first of two stages, and return the overrides with which the second starts from it."""
+    own = [
+        f"pretrain.checkpoints.path={folder}",
+        "pretrain.corpus.path=tests/data/glosses.jsonl.gz",
+        "pretrain.corpus.limit=20",
+    ]
+    config = load_config(str(path), [*overrides, *own])
+    assert config.pretrain
+    first = {name: getattr(config.pretrain, name) for name in ("task", "checkpoints", "corpus")}
+    train_model(config.model_copy(update=first), lambda _: None)
+    last = max(folder.glob("checkpoint-*"), key=lambda one: int(one.name.partition("-")[2]))
+    fixed = 'train.trainable=["bert.pooler.*", "classifier.*"]'
+    return [
+        *own,
+        f"train.base={last}",
+        fixed,
+        "method.damping=1",
+        "method.pretrain_damping=1",
+        "method.max_iterations=2",
+    ]
 
 
 def test_every_method_has_a_config() -> None:

@@ -115,6 +115,24 @@ def test_damage_met_on_the_way_is_mended_by_running_again(
     assert harmed.location.read(key) == whole[key]
 
 
+@pytest.mark.parametrize("harm", HARMS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("store", [True, False])
+def test_damaged_scores_met_by_the_index_are_mended_by_running_again(
+    settings: Settings, store: bool, harm: Harm
+) -> None:
+    """The driver itself reads them, no worker."""
+    config = settings(gradients={"store": store})
+    run = run_job(config)
+    before = digests(run, *ARTEFACTS)
+    for noted in run.location.list("index") + run.location.list("journal/index-scores"):
+        run.location.delete(noted)
+    harm(run.location, OBJECTS["scores"][0])
+    with pytest.raises(OSError, match="It is of unit train-000000.0-000000032 of stage score-scores. Run the job of"):
+        score(make_config(config), lambda _: None)
+    score(make_config(config), lambda _: None)
+    assert digests(run, *ARTEFACTS) == before
+
+
 def test_a_shard_scored_without_a_store_gets_its_blocks_again(settings: Settings) -> None:
     config = settings(gradients={"store": False})
     run = run_job(config)

@@ -131,6 +131,17 @@ def test_projected_solve_is_the_inverse_on_stored_rows_and_online(settings: Sett
     assert [row["score"] for row in again] == pytest.approx([row["score"] for row in kept], rel=1e-5)
 
 
+def test_a_damping_may_be_absolute(settings: Settings, whole: Callable) -> None:
+    run = influence_job(settings, {"damping_absolute": 0.05})
+    assert run.index().meta["damping"] == 0.05
+    assert figures(run)["largest"] > 0
+    assert near(run, whole(run), "cg")
+    for solver in ("cg", "squared-cg", "lissa", "sketch", "projected"):
+        assert InverseCurvature(solver, "hessian", None, damping_absolute=50.0).absolute(3.0) == 50.0
+    given = {solver: InverseCurvature(solver, "hessian", 0.5).absolute(3.0) for solver in ("lissa", "sketch")}
+    assert given == {"lissa": 1.5, "sketch": 4.5}, "relative to λ_max, or to its square"
+
+
 def test_one_query_is_scored_by_directional_derivatives(settings: Settings, whole: Callable) -> None:
     one = settings()["queries"] | {"limit": 1}
     run = influence_job(settings, queries=one)
@@ -233,6 +244,7 @@ def test_running_again_solves_nothing(settings: Settings, monkeypatch: pytest.Mo
     [
         ({"damping": -0.1}, {}, "method.damping=-0.1 is not allowed: must be a number above 0"),
         ({"solver": "newton"}, {}, "method.solver='newton' is not allowed: must be 'cg', 'squared-cg', "),
+        ({"damping": 0.1, "damping_absolute": 50.0}, {}, "method.damping=0.1 and method.damping_absolute=50.0 are not"),
         ({"rows": 0}, {}, "method.rows=0 is not allowed: must be a whole number of at least 1"),
         ({"dampening": 0.1}, {}, "method.dampening is not known. Did you mean method.damping?"),
         ({}, {"projection": "two-sided"}, "Set gradients.projection=none and gradients.store=false, or method.solver="),

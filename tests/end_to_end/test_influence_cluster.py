@@ -21,6 +21,7 @@ pytestmark = pytest.mark.cluster
 METHODS: dict[str, dict[str, Any]] = {
     "cg": METHOD | {"tolerance": 1e-6},
     "lissa": METHOD | {"solver": "lissa", "depth": 10},
+    "sketch": METHOD | {"solver": "sketch", "columns": 5, "depth": 8},
     "fastif": {"name": "fastif", "neighbours": 6, "recall_sample": 5, "depth": 10, "repetitions": 2},
 }
 
@@ -35,7 +36,7 @@ def expected(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
-@pytest.mark.parametrize(("name", "workers"), [("cg", 1), ("cg", 2), ("lissa", 2), ("fastif", 2)])
+@pytest.mark.parametrize(("name", "workers"), [("cg", 1), ("cg", 2), ("lissa", 2), ("sketch", 2), ("fastif", 2)])
 def test_ray_workers_leave_the_same_bytes(
     settings: Settings, expected: dict[str, dict[str, bytes]], local_ray: None, name: str, workers: int
 ) -> None:

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from engine.bottleneck import TRAINED, Adapter, adapter_widths, add_adapters
+from engine.bottleneck import (
+    TRAINED,
+    Adapter,
+    adapter_widths,
+    add_adapters,
+    head_layers,
+    matching_projections,
+    restore_adapters,
+    top_third,
+)
 from engine.gradients import PerExampleGradients
 from engine.models import load_hugging_face, save_checkpoint
 from engine.parameters import select_parameters
@@ -77,14 +86,43 @@ def test_only_the_adapters_train() -> None:
     assert all(".adapter." in name or name.startswith("classifier.") for name in trained)
 
 
-def test_a_checkpoint_with_adapters_still_loads_into_the_plain_model(tmp_path: Path) -> None:
+def test_a_checkpoint_with_adapters_is_read_with_them_and_by_others_without(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     model = tiny_bert()
     add_adapters(model, 4)
+    randomise(model)
+    truth = text_loss(model, token_batch())
     save_checkpoint(model, tmp_path)
-    plain = load_hugging_face(tmp_path, AutoModelForSequenceClassification, "eager").eval()
-    assert torch.allclose(text_loss(plain, token_batch()), text_loss(tiny_bert(), token_batch()), rtol=1e-5)
+    found = load_hugging_face(tmp_path, AutoModelForSequenceClassification, "eager").eval()
+    assert torch.allclose(text_loss(found, token_batch()), truth, rtol=1e-5)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert adapter_widths(plain) == {}
+    assert not torch.allclose(text_loss(plain, token_batch()), truth, rtol=1e-2)
+
+
+def test_adapters_that_fit_nowhere_or_not_whole_are_refused() -> None:
+    model = tiny_bert()
+    add_adapters(model, 4)
+    state = model.state_dict()
+    with pytest.raises(ValueError, match=r"model/x holds an adapter of bert.encoder.layer.0.+, which Linear does not"):
+        restore_adapters(nn.Linear(2, 2), state, "model/x")
+    del state[next(name for name in state if name.endswith("adapter.up.bias"))]
+    with pytest.raises(ValueError, match=r"lacks the adapter weights bert.encoder.layer.0.attention.+up.bias"):
+        restore_adapters(tiny_bert(), state, "model/x")
+
+
+@pytest.mark.parametrize(("layers", "upper"), [(1, [0]), (2, [1]), (3, [2]), (4, [2, 3]), (6, [4, 5])])
+def test_the_top_third_of_the_layers_and_the_head(layers: int, upper: list[int]) -> None:
+    model = tiny_bert(num_hidden_layers=layers)
+    found = top_third(matching_projections(model))
+    assert [int(name.split(".")[3]) for name in found[::2]] == upper
+    assert head_layers(model) == ["classifier"]
+
+
+def test_a_head_that_is_tied_or_absent_is_none() -> None:
+    assert head_layers(tiny_gpt2()) == []
+    assert head_layers(nn.Linear(2, 2)) == []
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,17 +7,19 @@ import torch
 from torch import Tensor
 
 from engine import stochastic_solvers
-from engine.projection import matrix
 from engine.solvers import finish
 from engine.stochastic_solvers import (
     Lissa,
     Sketch,
     batch_scale,
     draw,
-    inverse_sketch,
     lissa_repetition,
     lissa_solution,
+    sketch_columns,
+    sketch_matrix,
+    sketch_solution,
     sketch_step,
+    sketched,
 )
 from tests import oracles
 from tests.engine.test_solvers import DEFINITE, P, one, resumes_at_every_state, right
@@ -110,8 +112,8 @@ def test_batches_are_drawn_from_all_examples_and_never_run_out() -> None:
 def test_stochastic_solvers_resume_to_the_same_bits() -> None:
     settings = Lissa(0.1, 2.0, iterations=12, batch_size=3)
     resumes_at_every_state(lambda **k: lissa_repetition(MANY, right(), IDS, settings, 1, LARGEST, **k))
-    sketch = Sketch(0.05, iterations=9, batch_size=4)
-    resumes_at_every_state(lambda **k: inverse_sketch(MANY, right(), IDS, sketch, LARGEST, **k))
+    sketch = Sketch(0.02, 0.05, iterations=9, batch_size=4)
+    resumes_at_every_state(lambda **k: sketch_columns(MANY, right(), IDS, sketch, 0, LARGEST, **k))
 
 
 def test_the_automatic_scale_covers_the_batches_and_the_repetitions_converge() -> None:
@@ -131,20 +133,23 @@ def test_a_scale_below_half_the_largest_eigenvalue_is_stopped(known: bool) -> No
     repeat(one(DEFINITE), right(), Lissa(0.01, 0.55, iterations=400, repetitions=1), 1.0)
 
 
+def columns(operator: MatrixOperator, g: Tensor, settings: Sketch, largest: float, block: int = 0) -> Tensor:
+    return finish(sketch_columns(operator, g, torch.arange(len(operator.matrices)), settings, block, largest))
+
+
 def test_the_full_batch_sketch_is_the_inverse() -> None:
     g = right(4)
     flat = MatrixOperator((DEFINITE + 0.3 * torch.eye(P))[None])
-    quick = finish(inverse_sketch(flat, g, torch.tensor([0]), Sketch(sketch_step(1.3), iterations=700), 1.3))
-    assert oracles.relative_error(quick.x, torch.linalg.solve(DEFINITE + 0.3 * torch.eye(P), g)) < 1e-8
-    assert quick.converged.all()
-    damped = finish(inverse_sketch(flat, g, torch.tensor([0]), Sketch(0.2, 500, damping=0.1), 1.3))
+    quick = columns(flat, g, Sketch(0.0, sketch_step(1.3), iterations=700), 1.3)
+    assert oracles.relative_error(quick, torch.linalg.solve(DEFINITE + 0.3 * torch.eye(P), g)) < 1e-8
+    damped = columns(flat, g, Sketch(0.1, 0.2, iterations=500), 1.3)
     truth = filtered(flat.matrices[0], g, lambda mu: mu / (mu**2 + 0.1))
-    assert oracles.relative_error(damped.x, truth) < 1e-8
+    assert oracles.relative_error(damped, truth) < 1e-8
 
 
 def test_the_null_space_stays_where_it_started() -> None:
     flat = torch.diag(torch.cat([torch.ones(P - 2), torch.zeros(2)])).double()
-    found = finish(inverse_sketch(one(flat), right(), torch.tensor([0]), Sketch(0.5, iterations=50), 1.0)).x
+    found = columns(one(flat), right(), Sketch(0.0, 0.5, iterations=50), 1.0)
     assert torch.equal(found[-2:], torch.zeros(2, 3).double())
     assert oracles.relative_error(found[:-2], right()[:-2]) < 1e-12
 
@@ -153,7 +158,7 @@ def two_batch_gradient(s: Tensor, g: Tensor, draws: int, same: bool) -> tuple[Te
     """Return mean and standard error of 2 H_{B₁}(H_{B₂}S − Gᵀ) over draws, made from the solver's own batches."""
     found = []
     for t in range(draws):
-        first, second = stochastic_solvers.sketch_batches(IDS, Sketch(0.1, batch_size=2), t)
+        first, second = stochastic_solvers.sketch_batches(IDS, Sketch(0.0, 0.1, batch_size=2), 0, t)
         inner = MANY.apply(s, first if same else second) - g
         found.append(2 * MANY.apply(inner, first))
     block = torch.stack(found)
@@ -170,7 +175,7 @@ def test_two_independent_batches_are_unbiased_and_one_for_both_is_not() -> None:
     assert z[True] > 3
 
 
-def same_batch(ids: Tensor, settings: Sketch, iteration: int) -> tuple[Tensor, Tensor]:
+def same_batch(ids: Tensor, settings: Sketch, block: int, iteration: int) -> tuple[Tensor, Tensor]:
     batch = draw(ids, 1, iteration, settings.batch_size)
     return batch, batch
 
@@ -179,30 +184,51 @@ def test_the_stochastic_sketch_finds_the_inverse_and_the_same_batch_does_not(cau
     rich = MatrixOperator(examples(N, 3, 5) + 0.3 * torch.eye(P).double())
     mean, largest = rich.matrices.mean(0), float(torch.linalg.eigvalsh(rich.matrices.mean(0)).max())
     g = right(2)
-    settings = Sketch(sketch_step(batch_scale(rich, IDS, 1)), iterations=800, batch_size=1)
+    settings = Sketch(0.0, sketch_step(batch_scale(rich, IDS, 1)), iterations=800, batch_size=1)
 
     def compare() -> None:
-        found = finish(inverse_sketch(rich, g, IDS, settings, largest))
-        assert oracles.relative_error(found.x, torch.linalg.solve(mean, g)) < 0.15
+        assert oracles.relative_error(columns(rich, g, settings, largest), torch.linalg.solve(mean, g)) < 0.15
 
     caught(compare, stochastic_solvers, "sketch_batches", same_batch)
 
 
-def test_sgv_is_an_unbiased_estimate_of_the_inverse_times_v() -> None:
-    d, seeds = 16, 40
-    v = right(1)
-    g = torch.cat([matrix("gaussian", seed, d, P).T.double() for seed in range(seeds)], 1)
-    flat = MatrixOperator((DEFINITE + 0.3 * torch.eye(P))[None])
-    s = finish(inverse_sketch(flat, g, torch.tensor([0]), Sketch(sketch_step(1.3), iterations=300), 1.3)).x
-    estimates = torch.stack([s[:, i : i + d] @ (g[:, i : i + d].T @ v) for i in range(0, d * seeds, d)])
+def test_sgv_is_an_unbiased_estimate_of_the_inverse_times_v_with_its_standard_error(caught: Callable) -> None:
+    v, flat = right(1), MatrixOperator((DEFINITE + 0.3 * torch.eye(P))[None])
+    settings = Sketch(0.0, sketch_step(1.3), columns=640, width=64, iterations=300)
     truth = torch.linalg.solve(flat.matrices[0], v)
-    z = (estimates.mean(0) - truth) / (estimates.std(0) / seeds**0.5)
-    assert float(z.square().mean().sqrt()) < 2
+
+    def blocks() -> list[tuple[Tensor, Tensor]]:
+        gs = [sketch_matrix({"a": 3, "b": P - 3}, settings, block) for block in range(len(settings.blocks))]
+        return [(columns(flat, g, settings, 1.3, block), g) for block, g in enumerate(gs)]
+
+    def compare() -> None:
+        found = sketch_solution(flat, v, settings, blocks(), 1.3)
+        assert found.standard_error is not None
+        assert 0.6 < float(((found.x - truth) / found.standard_error).square().mean().sqrt()) < 1.6
+        left = flat.matrices[0] @ (v - flat.matrices[0] @ found.x)
+        assert torch.allclose(found.residual, left.norm(dim=0) / (flat.matrices[0] @ v).norm(dim=0))
+
+    caught(compare, stochastic_solvers, "applied", lambda operator, block, ids: 1.2 * operator.apply(block, ids))
+    one_by_one = torch.stack([sketched(v, [(s, g)])[0] for s, g in blocks()])  # ten estimates from 64 columns each
+    assert torch.allclose(10 * one_by_one.mean(0), sketched(v, blocks())[0])
+    spread = one_by_one.std(0) * 10**0.5
+    assert 0.8 < float(spread.norm() / sketched(v, blocks())[1].norm()) < 1.25
+
+
+def test_the_sketch_matrix_is_isotropic_and_no_block_sees_anothers_batches() -> None:
+    settings = Sketch(0.0, 0.1, columns=4000, width=1500)
+    whole = torch.cat([sketch_matrix({"a": 3, "b": 2}, settings, block) for block in range(3)], 1)
+    assert whole.shape == (5, 4000)
+    assert torch.allclose(whole @ whole.T, torch.eye(5).double(), atol=5 * (2 / 4000) ** 0.5)
+    turned = torch.cat([sketch_matrix({"b": 2, "a": 3}, settings, block) for block in range(3)], 1)
+    assert torch.equal(turned[[2, 3, 4, 0, 1]], whole), "a weight's rows follow from its name"
+    drawn = [torch.stack(stochastic_solvers.sketch_batches(IDS, settings, block, 1)) for block in (0, 1)]
+    assert not torch.equal(*drawn)
 
 
 def test_a_step_too_long_is_stopped() -> None:
     with pytest.raises(FloatingPointError, match="the sketch diverges"):
-        finish(inverse_sketch(one(DEFINITE), right(), torch.tensor([0]), Sketch(1.2, iterations=500), 1.0))
+        columns(one(DEFINITE), right(), Sketch(0.0, 1.2, iterations=500), 1.0)
     with pytest.raises(ValueError, match="from 0 training examples"):
         draw(IDS[:0], 0, 0, 1)
 

@@ -1,3 +1,5 @@
+import io
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -5,8 +7,10 @@ from torch import Tensor, nn
 from engine import training
 from engine.batches import Batch
 from engine.counters import derive_key, permutation
-from engine.training import Step, TrainSettings, freeze, train
-from tests.conftest import ToyMlp, mlp_batch, mlp_loss, randomise
+from engine.training import Step, TrainSettings, TrainState, freeze, train
+from engine.turnover import under_own_masks
+from tests.conftest import Caught, ToyMlp, mlp_batch, mlp_loss, randomise
+from tests.engine.test_turnover import masked
 
 DATA = mlp_batch(20)
 
@@ -124,3 +128,36 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_examples():
 
     with pytest.raises(FloatingPointError, match=r"not finite at step \d for examples \[105\]"):
         list(train(randomise(ToyMlp()).double(), loss, collate, list(range(20)), TrainSettings(epochs=1, batch_size=6)))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_a_stopped_run_goes_on_to_the_same_bits(optimizer: str, stop: int, caught: Caught) -> None:
+    """In the middle and at the end of an epoch, with ordinary dropout beside the masks, through a file."""
+    settings = TrainSettings(epochs=2, batch_size=6, optimizer=optimizer, schedule="linear", learning_rate=0.1)
+
+    def started(state: TrainState | None = None, weights: dict | None = None) -> tuple[nn.Module, list[Step], bytes]:
+        turnover, steps, saved = masked(), [], b""
+        turnover.model.load_state_dict(weights or turnover.model.state_dict())
+        loss = under_own_masks(turnover, mlp_loss)
+        for step in train(turnover.model, loss, collate, list(range(20)), settings, state):
+            steps.append(step)
+            if step.step == stop:
+                file = io.BytesIO()
+                torch.save({"weights": turnover.model.state_dict(), "state": vars(step.state())}, file)
+                saved = file.getvalue()
+        return turnover.model, steps, saved
+
+    torch.manual_seed(3)
+    whole, steps, saved = started()
+
+    def compare() -> None:
+        found = torch.load(io.BytesIO(saved), weights_only=True)
+        torch.manual_seed(99)
+        again, rest, _ = started(TrainState(**found["state"]), found["weights"])
+        assert rest == steps[stop:]
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+    caught(compare, torch, "set_rng_state", lambda state: None)
+    if optimizer == "adamw":
+        caught(compare, torch.optim.AdamW, "load_state_dict", lambda self, state: None)

@@ -48,11 +48,13 @@ def test_an_unknown_name_is_answered_with_the_nearest(sections: dict[str, Any], 
     [
         (
             {"cluster": {"workers": "all"}},
-            "cluster.workers='all' is not allowed: must be 'auto' or a whole number of at least 1. The default is 'auto'.",
+            "cluster.workers='all' is not allowed: must be 'auto' or a whole number of at least 1 or a mapping of min and max. "
+            "The default is 'auto'.",
         ),
         (
             {"cluster": {"workers": 0}},
-            "cluster.workers=0 is not allowed: must be 'auto' or a whole number of at least 1. The default is 'auto'.",
+            "cluster.workers=0 is not allowed: must be 'auto' or a whole number of at least 1 or a mapping of min and max. "
+            "The default is 'auto'.",
         ),
         (
             {"cluster": {"max_bad_fraction": 2}},
