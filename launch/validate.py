@@ -32,6 +32,7 @@ from launch.messages import plain_errors
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 REPORTS = ROOT / "runs" / "validate"
+KEPT = (".png", ".svg", ".md", ".json")  # of what an experiment draws
 
 
 def validate(name: str, toy: bool = False, results: Path = RESULTS, reports: Path = REPORTS) -> list[dict[str, Any]]:
@@ -61,7 +62,7 @@ def validate(name: str, toy: bool = False, results: Path = RESULTS, reports: Pat
 def _keep_plots(folder: Path, kept: Path) -> None:
     """Copy a full-size pass's pictures, and what they are explained by, to where they are committed."""
     shutil.rmtree(kept, ignore_errors=True)
-    for file in (one for one in folder.iterdir() if one.suffix in (".png", ".md") and one.name != "report.md"):
+    for file in (one for one in folder.iterdir() if one.suffix in KEPT and one.stem != "report"):
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, kept)
 
