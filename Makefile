@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-cluster e2e check format bench validate clean
+.PHONY: setup demo test test-cluster e2e check format bench validate chaos clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,9 @@ bench: $(STAMP)           ## benchmarks, as ratios inside one run
 validate: $(STAMP)        ## every experiment at full size, resumable, then the README's tables
 	$(BIN)/python launch/validate.py all
 	$(BIN)/python launch/validate.py --tables
+
+chaos: $(STAMP)           ## whatever fails on the way, a run ends as an undisturbed one; as root also a small disk and two hosts
+	$(BIN)/python launch/validate.py chaos
 
 clean:
 	rm -rf $(VENV) runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
