@@ -1,10 +1,11 @@
 # A worker, a driver or the service: the same image everywhere. Built from the root of this repository:
 #     docker build -t influence .                                    CPU
-#     docker build -t influence --build-arg EXTRA=gpu --build-arg TORCH= .     NVIDIA GPUs (CUDA 12): torch with its CUDA libraries
+#     docker build -t influence --build-arg EXTRA=gpu .              NVIDIA GPUs (CUDA 12)
+# pip's own settings say where packages come from: --build-arg PIP_EXTRA_INDEX_URL=… for an index with torch's small CPU build.
 FROM python:3.11-slim
 ARG EXTRA=cpu
-# where torch comes from: its CPU build by default, PyPI's (with CUDA) where this is empty
-ARG TORCH=https://download.pytorch.org/whl/cpu
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
 RUN apt-get update && apt-get install -y --no-install-recommends wget procps && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 ray
 WORKDIR /home/ray/influence
@@ -14,7 +15,7 @@ COPY actors ./actors
 COPY storage ./storage
 COPY launch ./launch
 COPY configs ./configs
-RUN pip install --no-cache-dir -c constraints.txt ${TORCH:+--index-url "$TORCH" --extra-index-url https://pypi.org/simple} torch \
+RUN pip install --no-cache-dir -c constraints.txt torch \
     && pip install --no-cache-dir -c constraints.txt -e ".[$EXTRA,lora]" \
     && chown -R ray:ray /home/ray
 USER ray

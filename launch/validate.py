@@ -32,7 +32,7 @@ from launch.messages import plain_errors
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 REPORTS = ROOT / "runs" / "validate"
-KEPT = (".png", ".svg", ".md", ".json")  # of what an experiment draws
+KEPT = (".png", ".md", ".json")  # of what an experiment draws
 
 
 def validate(name: str, toy: bool = False, results: Path = RESULTS, reports: Path = REPORTS) -> list[dict[str, Any]]:

@@ -55,9 +55,8 @@ def run_cell(config: dict[str, Any], cell: str) -> dict[str, Any]:
         "rates": rates.tolist(),
         "alike": pearson(own @ asked, scores),
         "agrees": float((predicted(simulator, test) == said).double().mean()),
-        "changes": {kind: [[[float(f"{v:.4g}") for v in row] for row in one] for one in found.tolist()]
-                    for kind, found in changes.items()},
-    }  # fmt: skip
+        **summary({kind: found.numpy() for kind, found in changes.items()}, np.array(right[chosen])),
+    }
 
 
 def predicted(head: Head, part: Part) -> Tensor:
@@ -96,16 +95,32 @@ def steps(simulator: Head, train: Part, queries: Part, ids: Tensor, rates: Tenso
     return torch.stack(found)
 
 
-def best_changes(result: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return by kind each query's change, a mean over examples, at the rate that is best for its kind over all queries."""
-    means = {kind: np.array(found).mean(1) for kind, found in result["changes"].items()}
-    return {kind: found[:, found.mean(0).argmin()] for kind, found in means.items()}
+def summary(changes: dict[str, np.ndarray], right: np.ndarray) -> dict[str, Any]:
+    """Return, of changes [Q, points, rates] by kind, what is judged and drawn.
+
+    `best`: each query's change, a mean over examples, at the rate that is best for its kind over all queries. `curves`: means
+    over the queries answered right and wrong, [points, rates].
+    """
+    best, curves = {}, {}
+    for kind, found in changes.items():
+        means = found.mean(1)
+        best[kind] = rounded(means[:, means.mean(0).argmin()])
+        curves[kind] = {side: [rounded(one) for one in found[rows].mean(0)] for side, rows in sides(right).items()}
+    return {"best": best, "curves": curves}
+
+
+def sides(right: np.ndarray) -> dict[str, np.ndarray]:
+    return {"right": right, "wrong": ~right}
+
+
+def rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
 
 
 def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]:
     """Judge by a sign test whether helpful examples lower the simulator's loss more than random ones; report all kinds."""
     result = done["head"]
-    best = best_changes(result)
+    best = {kind: np.array(found) for kind, found in result["best"].items()}
     random = (best["random, label 0"] + best["random, label 1"]) / 2
     wins = int((best["helpful"] < random).sum())
     test = stats.binomtest(wins, len(random), alternative="greater")
@@ -124,18 +139,18 @@ def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]
 def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -> None:
     """Draw the change against the learning rate: mean over queries, band from the least to the largest example."""
     result = done["head"]
-    right = np.array(result["right"])
+    counts = {side: int(rows.sum()) for side, rows in sides(np.array(result["right"])).items()}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, rows, title in zip(figure.subplots(1, 2, sharey=True), (right, ~right), ("right", "wrong"), strict=True):
+    for axes, (side, count) in zip(figure.subplots(1, 2, sharey=True), counts.items(), strict=True):
         axes.axhline(0, color="#dddddd", linewidth=0.8)
         for kind, colour in COLOURS.items():
-            found = np.array(result["changes"][kind])[rows].mean(0)
+            found = np.array(result["curves"][kind][side])
             axes.fill_between(result["rates"], found.min(0), found.max(0), color=colour, alpha=0.2, linewidth=0)
             axes.plot(result["rates"], found.mean(0), color=colour, label=kind)
         axes.set(xscale="log", xlabel="learning rate of the step")
-        axes.set_title(f"{int(rows.sum())} reviews whose prediction is {title}", loc="left", fontsize=10)
+        axes.set_title(f"{count} reviews whose prediction is {side}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(*np.array([-1.3, 1.3]) * max(abs(found.mean()) for found in best_changes(result).values()))
+    axes.set_ylim(*np.array([-1.3, 1.3]) * max(abs(np.mean(found)) for found in result["best"].values()))
     figure.supylabel("change of the simulator's loss", fontsize=9)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     for kind in ("png", "svg"):
