@@ -55,7 +55,7 @@ def run_cell(config: dict[str, Any], cell: str) -> dict[str, Any]:
         "rates": rates.tolist(),
         "alike": pearson(own @ asked, scores),
         "agrees": float((predicted(simulator, test) == said).double().mean()),
-        **summary({kind: found.numpy() for kind, found in changes.items()}, np.array(right[chosen])),
+        **summary({kind: found.numpy() for kind, found in changes.items()}, right[chosen].numpy()),
     }
 
 
