@@ -121,7 +121,8 @@ def score(config: Config, say: Callable[[str], None] = tell, progress: StageProg
             if stages:
                 stages.ingest(run, say, lease.check)
         driver = f"{socket.gethostname()}-{lease.number}"  # never two at once under one name
-        with worker_pool(config, run, model) as pool, EventLog(run, driver) as events:
+        models = [model, stages.model] if stages else [model]
+        with worker_pool(config, run, models) as pool, EventLog(run, driver) as events:
             job = Job(config, run, pool, model, progress or StageProgress(), events, lease, shown_fields(task), folders)
             job.metrics = JobMetrics(run.uri) if isinstance(pool, RayPool) else None
             if method.reads != "gradients":
@@ -179,7 +180,7 @@ def check_method(method: Method, model: ModelSpec, config: Config) -> None:
 
 
 @contextmanager
-def worker_pool(config: Config, run: Location, model: ModelSpec) -> Iterator[Pool]:
+def worker_pool(config: Config, run: Location, models: list[ModelSpec]) -> Iterator[Pool]:
     """Give the pool that the config asks for."""
     cluster = config.cluster
     if cluster.backend == "in-process":
@@ -188,7 +189,7 @@ def worker_pool(config: Config, run: Location, model: ModelSpec) -> Iterator[Poo
             yield pool
         return
     if connect(cluster.address or "auto") and len(nodes()) > 1:
-        refuse_unseen_paths(run, model, config.run.store)
+        refuse_unseen_paths(run, models, config.run.store)
     plan = worker_plan(cluster.workers, cluster.device, resources())
     device = "cuda" if plan.gpus else "cpu"
     with RayPool(MakeWorker(run.uri, device), plan.count, plan.cpus, plan.gpus, plan.most) as ray_pool:
@@ -308,8 +309,8 @@ def score_and_index(
     units = [Unit(name, {"checkpoint": name, "key": key(label, name)}) for name in names]
     job.stage(f"prepare-{label}", "prepare", settings, units)
     if inverse:
-        chosen = choose_candidates(job, spec, gradients, corpus, rows)
         notes = LeasedJournal(Journal(job.run, f"solve-{label}"), job.lease)
+        chosen = choose_candidates(job, notes, spec, gradients, corpus, rows, say)
         with job.lease.turn(f"solve-{label}", say):
             solve(
                 SolveJob(

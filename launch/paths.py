@@ -6,7 +6,7 @@ from pathlib import Path
 
 from actors.cluster import nodes_that_cannot_read
 from actors.specs import FOLDERS, ModelSpec
-from launch.config import Config
+from launch.config import Config, PretrainSection
 from storage.locations import Location
 
 # Ray sets this for the entrypoint of a submitted job
@@ -17,19 +17,10 @@ def refuse_relative_paths(config: Config) -> None:
     """Inside a Ray job, raise ValueError for a relative path: the job's folder is temporary and its own."""
     if IN_RAY_JOB not in os.environ:
         return
-    checkpoints = config.checkpoints.path
-    listed: list[str | None] = (
-        [c if isinstance(c, str) else str(c.get("path", "")) for c in checkpoints]
-        if isinstance(checkpoints, list)
-        else [checkpoints]
-    )
-    paths: dict[str, list[str | None]] = {
-        "run.uri": [config.run.uri],
-        "run.store": [config.run.store],
-        "checkpoints.path": listed,
-    }
-    paths |= {f"task.settings.{key}": [config.task.settings.get(key)] for key in FOLDERS}
-    paths |= {"corpus.path": [config.corpus.path], "queries.path": [config.queries.path if config.queries else None]}
+    paths: dict[str, list[str | None]] = {"run.uri": [config.run.uri], "run.store": [config.run.store]}
+    paths |= {"queries.path": [config.queries.path if config.queries else None]} | _read_by(config)
+    if config.pretrain:
+        paths |= {f"pretrain.{key}": values for key, values in _read_by(config.pretrain).items()}
     for key, values in paths.items():
         for path in values:
             if path and ":" not in path and not Path(path).is_absolute():
@@ -39,23 +30,39 @@ def refuse_relative_paths(config: Config) -> None:
                 )
 
 
-def refuse_unseen_paths(run: Location, model: ModelSpec, store: str | None = None) -> None:
+def _read_by(stage: Config | PretrainSection) -> dict[str, list[str | None]]:
+    """Return the paths that one stage's model and corpus are read from, by key."""
+    path = stage.checkpoints.path
+    listed = path if isinstance(path, list) else [path]
+    found: dict[str, list[str | None]] = {
+        "checkpoints.path": [str(c.get("path", "")) if isinstance(c, dict) else c for c in listed]
+    }
+    found |= {f"task.settings.{key}": [stage.task.settings.get(key)] for key in FOLDERS}
+    return found | {"corpus.path": [stage.corpus.path]}
+
+
+def refuse_unseen_paths(run: Location, models: list[ModelSpec], store: str | None = None) -> None:
     """On a cluster, raise ValueError if a node does not see the folder of the run, of `run.store` or of a checkpoint.
 
     Cost: a task per node and folder.
     """
     if not run.is_remote:
-        token = f".token-{secrets.token_hex(8)}"
-        run.create(token, b"seen")
-        try:
-            _refuse(nodes_that_cannot_read([f"{run.uri}/{token}"]), f"run.uri={run.uri}")
-        finally:
-            run.delete(token)
+        refuse_unseen_folder(run, "run.uri")
     if store and not Location.parse(store).is_remote:
         _refuse(nodes_that_cannot_read([f"{Location.parse(store).uri}/manifest.json"]), f"run.store={store}")
-    for checkpoint in model.checkpoints:
+    for checkpoint in (one for model in models for one in model.checkpoints):
         if not Location.parse(checkpoint.uri).is_remote:
             _refuse(nodes_that_cannot_read([checkpoint.uri]), f"checkpoint {checkpoint.uri}")
+
+
+def refuse_unseen_folder(folder: Location, name: str) -> None:
+    """Raise ValueError if a node does not read what this process writes there; `name`: the folder's in the config."""
+    token = f".token-{secrets.token_hex(8)}"
+    folder.create(token, b"seen")
+    try:
+        _refuse(nodes_that_cannot_read([f"{folder.uri}/{token}"]), f"{name}={folder.uri}")
+    finally:
+        folder.delete(token)
 
 
 def _refuse(nodes: list[str], what: str) -> None:

@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
     result = {"shared": nodes_that_cannot_read(here), "blind": blind, "second": second_id, "refused": ""}
     paths.nodes_that_cannot_read = lambda seen: nodes_that_cannot_read(seen, only_on_the_first)
     try:
-        paths.refuse_unseen_paths(Location.parse(config.run.uri), model_spec(config, lambda _: None)[0])
+        paths.refuse_unseen_paths(Location.parse(config.run.uri), [model_spec(config, lambda _: None)[0]])
     except ValueError as error:
         result["refused"] = str(error)
     (folder / "result.json").write_text(json.dumps(result))

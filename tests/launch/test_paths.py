@@ -13,6 +13,12 @@ ABSOLUTE: dict[str, Any] = {
 }  # fmt: skip
 
 
+def stage(**sections: Any) -> dict[str, Any]:
+    """Return the sections of a job of two stages, with these in pretraining's."""
+    pretrain = {"corpus": "/data/pre.jsonl", "checkpoints": "/models/pre", "shared": {"w": "w"}}
+    return {"method": "multistage", "pretrain": pretrain | sections}
+
+
 def test_outside_a_job_every_path_may_be_relative() -> None:
     refuse_relative_paths(make_config({"run": "a", "corpus": "b", "queries": "c", "checkpoints": "d"}))
 
@@ -27,6 +33,9 @@ def test_outside_a_job_every_path_may_be_relative() -> None:
         ({"task": {"settings": {"tokenizer": "words"}}}, "task.settings.tokenizer='words'"),
         ({"corpus": "train.jsonl"}, "corpus.path='train.jsonl'"),
         ({"queries": "test.jsonl"}, "queries.path='test.jsonl'"),
+        (stage(corpus="pre.jsonl"), "pretrain.corpus.path='pre.jsonl'"),
+        (stage(checkpoints="pre"), "pretrain.checkpoints.path='pre'"),
+        (stage(task={"settings": {"tokenizer": "words"}}), "pretrain.task.settings.tokenizer='words'"),
     ],
 )
 def test_inside_a_job_a_relative_path_is_refused(
@@ -44,7 +53,10 @@ def test_a_folder_that_a_node_does_not_see_is_refused(tmp_path: Path, monkeypatc
     from storage.locations import Location
 
     run, asked = Location(str(tmp_path)), []
-    model = ModelSpec("t", {}, (CheckpointSpec("c", str(tmp_path / "model"), 1, 0.1, "f"),), "float32", "sdpa")
+    other, model = (
+        ModelSpec("t", {}, (CheckpointSpec("c", str(tmp_path / name), 1, 0.1, "f"),), "float32", "sdpa")
+        for name in ("pretrained", "model")
+    )
 
     def blind(files: list[str]) -> list[str]:
         asked.extend(files)
@@ -52,6 +64,6 @@ def test_a_folder_that_a_node_does_not_see_is_refused(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(paths, "nodes_that_cannot_read", blind)
     with pytest.raises(ValueError, match="model is not there on node-2: with several nodes a local path must be on"):
-        paths.refuse_unseen_paths(run, model, None)
+        paths.refuse_unseen_paths(run, [other, model], None)
     assert asked[0].startswith(f"{tmp_path}/.token-")
     assert run.list() == [], "the token is gone"
