@@ -3,11 +3,12 @@
 The floor is a plain forward and full backward pass of the same masked language model over the same batches, as pretraining
 does it. Timed beside it: the products with both parts of one query's s, which is what the job makes of an example, and the
 derivative along their sum alone by forward mode. Rounds time all passes in turning order. Seconds per example are compared
-for a corpus and one four times as long, and the peak memory of fresh processes that score either.
+for a corpus and one four times as long, and the peak memory of fresh processes that score either. A last cell has one and two
+Ray actors do the job's own units (two_actors.py).
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,23 +20,37 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
+from actors.compute import block_key
+from actors.plan import checkpoint_units, shards
+from actors.pool import Pool
+from actors.specs import CheckpointSpec, GradientSpec, ModelSpec, ScoreSpec
+from actors.states import save_state, state_key
 from actors.worker import peak_memory
 from engine.batches import Batch, plan_batches
 from engine.coordinates import chosen_coordinates
 from engine.counters import derive_key, normals
 from engine.curvature import directional_derivatives
 from engine.gradients import PerExampleGradients
+from engine.methods.contract import QueryState
 from engine.metrics import bootstrap_interval
 from engine.models import ready_for_scoring
-from engine.parameters import select_parameters
+from engine.parameters import Parameter, select_parameters
+from engine.projection import Projection
 from engine.projectors import Dense
 from engine.tasks.contract import Task, encode, load_task, with_model_folder
 from launch.experiments.collect import ROOT, in_process, run_round, timed
 from launch.experiments.registry import Experiment, Gate
+from launch.experiments.two_actors import Work as Units
+from launch.experiments.two_actors import scaling_gates, seconds
+from storage.checkpoints import fingerprint
+from storage.corpus import Corpus, ingest
 from storage.locations import Location
 from storage.readers import read_records
+from storage.segments import Record
 
+TRAIN, CHECKPOINT, LABEL = "train", "c0", "timed"
 MEMORY = ("memory-short", "memory-long")
+ACTORS = "actors"
 TIMES = 4  # how much longer the second corpus is
 
 
@@ -53,10 +68,12 @@ class Work:
 
 
 def cells(config: dict[str, Any]) -> list[str]:
-    return ["seconds", *MEMORY]
+    return ["seconds", *MEMORY, ACTORS]
 
 
 def run_cell(config: dict[str, Any], cell: str) -> dict[str, Any]:
+    if cell == ACTORS:
+        return measure_actors(config)
     return in_process(config, partial(measure if cell == "seconds" else remember, config, cell))
 
 
@@ -97,11 +114,7 @@ def scoring(work: Work, batches: list[Batch]) -> Callable[[], None]:
     """Return what multiplies every example's gradient with two vectors."""
     model = ready_for_scoring(work.model(), torch.device("cpu"), torch.float32)
     parameters = select_parameters(model, ["*"])
-    key = derive_key(0, "parts")
-    parts = {
-        p.name: torch.from_numpy(normals(key, i, 2 * p.size)).float().view(2, -1) for i, p in enumerate(parameters)
-    }
-    hooks = PerExampleGradients(model, parameters, Dense(parts))
+    hooks = PerExampleGradients(model, parameters, Dense(parts_of_s(parameters)))
 
     def score() -> None:
         for batch in batches:
@@ -123,6 +136,47 @@ def forward_mode(work: Work) -> Callable[[], None]:
     return score
 
 
+def measure_actors(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the seconds of one and two actors, and of processes, that score the long corpus along both parts."""
+    with tempfile.TemporaryDirectory() as name:
+        work = make_units(config, make_work(config, Path(name)), Path(name))
+
+        def on_pool(pool: Pool) -> None:
+            work.on_pool(pool)
+            work.taken()
+
+        return {"seconds": seconds(config, work, on_pool)}
+
+
+def make_units(config: dict[str, Any], work: Work, folder: Path) -> Units:
+    """Write a run with the long corpus, the model and a query's parts of s; return the units that score it."""
+    checkpoint = CheckpointSpec(CHECKPOINT, str(work.folder), 0, 1.0, fingerprint(work.folder))
+    spec = ModelSpec("masked-lm", {"max_tokens": config["max_tokens"]}, (checkpoint,), "float32", "sdpa")
+    run = Location.parse(str(folder / "run"))
+    ingest(run, TRAIN, read_corpus(config), lambda record: encode(work.task, record))
+    parameters = select_parameters(work.model(), ["*"])
+    state = QueryState(parts_of_s(parameters), None, torch.zeros(2, dtype=torch.float64), 1.0, ())
+    run.create(state_key(LABEL, CHECKPOINT), save_state(state))
+    score = ScoreSpec(LABEL, "multistage", {}, (CHECKPOINT,), "asked", TRAIN, None, False, 10)
+    names = tuple(p.name for p in parameters)
+    settings = {
+        "model": spec, "score": score,
+        "gradients": GradientSpec(names, Projection("none"), False, config["token_budget"]),
+    }  # fmt: skip
+    units = checkpoint_units((CHECKPOINT,), shards(Corpus.open(run, TRAIN), config["shard_rows"]), TRAIN)
+    return Units(run.uri, "compute", settings, units, [block_key(LABEL, unit.payload) for unit in units])
+
+
+def parts_of_s(parameters: list[Parameter]) -> dict[str, torch.Tensor]:
+    """Return random numbers in the place of both parts of a query's s."""
+    key = derive_key(0, "parts")
+    return {p.name: torch.from_numpy(normals(key, i, 2 * p.size)).float().view(2, -1) for i, p in enumerate(parameters)}
+
+
+def read_corpus(config: dict[str, Any]) -> Iterator[Record]:
+    return islice(read_records(str(ROOT / config["corpus"])), TIMES * config["rows"])
+
+
 def make_work(config: dict[str, Any], folder: Path) -> Work:
     """Build the model with new weights and cut the corpus into batches."""
     tokenizer = AutoTokenizer.from_pretrained(Location.parse(config["tokenizer"]).fetch(folder / "cache"))
@@ -131,7 +185,7 @@ def make_work(config: dict[str, Any], folder: Path) -> Work:
     tokenizer.save_pretrained(folder / "model")
     settings = with_model_folder("masked-lm", {"max_tokens": config["max_tokens"]}, folder / "model")
     task = load_task("masked-lm", settings)
-    records = [record for record, _ in islice(read_records(str(ROOT / config["corpus"])), TIMES * config["rows"])]
+    records = [record for record, _ in read_corpus(config)]
 
     def batches(count: int) -> list[Batch]:
         rows = [{**record, **row, "id": i} for i, record in enumerate(records[:count]) for row in encode(task, record)]
@@ -152,6 +206,7 @@ def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]
         Gate(f"peak memory, {TIMES} times as many", long / short, threshold=1.1, at_least=False),
         timing("along the sum alone, as a multiple", each["along the sum"] / each["plain"]),
         timing("seconds per example, both parts", each["both parts"]),
+        *scaling_gates("scoring", done[ACTORS]["seconds"]),
     ]
 
 
