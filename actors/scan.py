@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
+from threading import local
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from actors.specs import GradientSpec, ScoreSpec
 from engine.methods.contract import Method, QueryState, Rows
 from engine.topk import TopK, merge
 from storage.corpus import Corpus
+from storage.locations import Buffer
 
 
 def scan(
@@ -41,10 +43,13 @@ def scan(
     plain = not context.hold_all and method.reads == "gradients" and _is_plain(context, spec)
     count = 1 if context.hold_all else threads or os.cpu_count() or 1
 
+    held = local()  # a thread reads one shard after another into the same memory
+
     def one(at: dict[str, Any]) -> TopK:
+        buffer = held.__dict__.setdefault("buffer", Buffer())
         ids = segments[at["segment"]].base + np.arange(at["start"], at["stop"], dtype=np.int64)
         parts = (
-            (product_part(context, method, spec, gradients, at, ids, name, state) if plain else None)
+            (product_part(context, method, spec, gradients, at, ids, name, state, buffer) if plain else None)
             or state_block(context, spec, gradients, at, ids, name, [state], state.weight, len(state.losses))
             for name, state in states.items()
         )
@@ -67,14 +72,14 @@ def _is_plain(context: WorkerContext, spec: ScoreSpec) -> bool:
 
 def product_part(
     context: WorkerContext, method: Method, spec: ScoreSpec, gradients: GradientSpec, at: dict[str, Any],
-    ids: np.ndarray, checkpoint: str, state: QueryState,
+    ids: np.ndarray, checkpoint: str, state: QueryState, buffer: Buffer,
 ) -> Part | None:  # fmt: skip
     """Return one checkpoint's block of a shard; None for one that is not whole: reading it as usual says what it lacks."""
     store, place = context.store(spec.home), (spec.corpus, checkpoint, at["segment"], at["start"])
     try:
         vectors = store.vectors(*place)
         products = torch.zeros(len(ids), len(state.losses))
-        for name, where, values in store.stored_columns(*place):
+        for name, where, values in store.stored_columns(*place, buffer):
             products.addmm_(torch.from_numpy(values).float(), state.arrays[name][:, where].float().T)
     except (FileNotFoundError, ValueError):
         return None

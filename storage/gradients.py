@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.locations import Location, ObjectConflict, ObjectRecord
+from storage.locations import Buffer, Location, ObjectConflict, ObjectRecord
 from storage.precision import NAN_BFLOAT16, STORED, from_stored, row_scales, to_stored
 from storage.zarr_groups import (
     COMPRESSIONS,
@@ -207,14 +207,15 @@ class GradientStore:
         )
 
     def stored_columns(
-        self, set_name: str, checkpoint: str, segment: str, start: int
+        self, set_name: str, checkpoint: str, segment: str, start: int, buffer: Buffer
     ) -> Iterator[tuple[str, slice, np.ndarray]]:
-        """Yield the one shard that begins at row `start` as it is stored, some columns of an array at a time, not copied.
+        """Yield the one shard that begins at row `start` as it is stored, some columns of an array at a time.
 
-        Only without compression. FileNotFoundError and ValueError for what `read` has a name for.
+        They are not copied: `buffer` holds them until the next array. Only without compression. FileNotFoundError and
+        ValueError for what `read` has a name for.
         """
         for name, columns in self.settings.arrays.items():
-            data, rows, shard_rows = self._object(set_name, checkpoint, segment, start, name)
+            data, rows, shard_rows = self._object(set_name, checkpoint, segment, start, name, buffer)
             for where, values in columns_of(data, shard_rows, columns, STORED[self.settings.dtype]):
                 yield name, where, values[:rows]
 
@@ -224,7 +225,7 @@ class GradientStore:
         for name, dimensions in self.dimensions().items():
             if name in self.settings.arrays:
                 continue
-            data, rows, shard_rows = self._object(set_name, checkpoint, segment, start, name)
+            data, rows, shard_rows = self._object(set_name, checkpoint, segment, start, name, Buffer())
             if dimensions == 1:
                 found[name] = vector_of(data, VECTOR_TYPES[name])[:rows]
             else:
@@ -234,8 +235,8 @@ class GradientStore:
         return found
 
     def _object(
-        self, set_name: str, checkpoint: str, segment: str, start: int, name: str
-    ) -> tuple[bytearray, int, int]:
+        self, set_name: str, checkpoint: str, segment: str, start: int, name: str, buffer: Buffer
+    ) -> tuple[memoryview, int, int]:
         """Return an array's object of a shard, the rows that it has, and those that it has room for.
 
         The bytes may be written to, as torch wants of an array that it shares.
@@ -243,7 +244,7 @@ class GradientStore:
         group = _group_key(set_name, checkpoint, segment)
         rows, shard_rows, _ = self._load(group)
         key = shard_object(name, self.dimensions()[name], start // shard_rows)
-        return bytearray(self.run.read(f"{group}/{key}")), min(shard_rows, rows - start), shard_rows
+        return self.run.read_into(f"{group}/{key}", buffer), min(shard_rows, rows - start), shard_rows
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_groups": {}}

@@ -45,6 +45,19 @@ class ObjectRecord:
         return cls(key, len(data), hashlib.sha256(data).hexdigest())
 
 
+class Buffer:
+    """Memory that one object after another is read into, asked for once and not for every object."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def room(self, size: int) -> memoryview:
+        """Return so many bytes; what an earlier call returned is written over."""
+        if len(self._held) < size:
+            self._held = bytearray(size)
+        return memoryview(self._held)[:size]
+
+
 @dataclass(frozen=True)
 class Location:
     """A folder or S3 prefix. Picklable: it holds its address and opens connections where it is used."""
@@ -87,6 +100,15 @@ class Location:
     def read(self, key: str = "") -> bytes:
         """Return all bytes of an object. FileNotFoundError names it."""
         return self._backend.get(self._address(key))
+
+    def read_into(self, key: str, buffer: Buffer) -> memoryview:
+        """Return all bytes of an object, held by `buffer` until its next use. FileNotFoundError names the object."""
+        with self.open(key) as file:
+            view = buffer.room(file.seek(0, os.SEEK_END))
+            file.seek(0)
+            if (found := file.readinto(view)) != len(view):  # type: ignore[attr-defined]
+                raise OSError(errno.EIO, f"{found} of {len(view)} bytes were read", self._address(key))
+        return view
 
     def read_range(self, key: str, start: int, stop: int | None = None) -> bytes:
         """Return bytes start:stop of an object; a negative `start` counts from its end, as far as it goes."""

@@ -104,12 +104,12 @@ def shard_object_bytes(shard_rows: int, columns: int, itemsize: int) -> int:
     return count * (chunk_bytes(shard_rows * inner * itemsize) + _PLACE) + _CHECKSUM
 
 
-def vector_of(data: bytearray, dtype: np.dtype) -> np.ndarray:
+def vector_of(data: memoryview, dtype: np.dtype) -> np.ndarray:
     """Return the values of an uncompressed chunk, not copied. ValueError if its checksum is another."""
-    return np.frombuffer(_checked(memoryview(data)), dtype)
+    return np.frombuffer(_checked(data), dtype)
 
 
-def columns_of(data: bytearray, shard_rows: int, columns: int, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
+def columns_of(view: memoryview, shard_rows: int, columns: int, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield the inner chunks of an uncompressed shard, [shard_rows, 256] or fewer columns, and which columns they hold.
 
     Nothing is copied: for scans of many shards, which zarr's own machinery would take several times as long for.
@@ -117,7 +117,6 @@ def columns_of(data: bytearray, shard_rows: int, columns: int, dtype: np.dtype) 
     """
     inner = min(INNER_COLUMNS, columns)
     count = -(-columns // inner)
-    view = memoryview(data)
     places = np.frombuffer(_checked(view[len(view) - count * _PLACE - _CHECKSUM :]), "<u8").reshape(count, 2)
     for number, (offset, size) in enumerate(places.tolist()):
         first, stop = number * inner, min((number + 1) * inner, columns)

@@ -130,7 +130,8 @@ def _job(config: dict[str, Any], rows: int, corpus: Path, asked: Path, model: Pa
             "checkpoints": str(model),
             "corpus": str(corpus), "queries": {"name": "asked", "path": str(asked)},
             "train": {"base": str(home / "base"), "epochs": 1, "learning_rate": 1e-3, "checkpoints": 1, "batch_size": 64},
-            "gradients": {"modules": ["*attention.self.*.weight", "*attention.output.dense.weight"], "coverage": 0},
+            "gradients": {"modules": ["*attention.self.*.weight", "*attention.output.dense.weight"], "coverage": 0,
+                          "shard_rows": config["shard_rows"]},
             "method": "tracin",
             "cluster": config["cluster"], "output": {"top_k": config["k"], "label": LABEL},
         }

@@ -14,6 +14,7 @@ from launch.online import Setting, prepare_records
 from launch.run import Run
 from storage.damage import DamagedObject
 from storage.gradients import GradientStore
+from storage.locations import Buffer
 from tests.conftest import Caught
 from tests.end_to_end.conftest import ROWS, Settings, run_job, sentence
 
@@ -105,15 +106,9 @@ def test_the_scan_does_not_take_the_slow_way(settings: Settings) -> None:
     state = prepare_records(setting, ASKED)["checkpoint-20"]
     at = {"segment": "000000.0", "start": 32, "stop": ROWS}
     part = product_part(
-        setting.context,
-        setting.method,
-        setting.score,
-        setting.gradients,
-        at,
-        np.arange(32, ROWS),
-        "checkpoint-20",
-        state,
-    )
+        setting.context, setting.method, setting.score, setting.gradients, at, np.arange(32, ROWS), "checkpoint-20", state,
+        Buffer(),
+    )  # fmt: skip
     assert part is not None
     assert next(part.blocks).scores.shape == (ROWS - 32, 3)
 

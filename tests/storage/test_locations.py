@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from storage import locations
-from storage.locations import Location, ObjectConflict
+from storage.locations import Buffer, Location, ObjectConflict
 
 
 def test_what_is_created_is_read_back(place: Location) -> None:
@@ -29,6 +29,20 @@ def test_ranges(place: Location) -> None:
     with place.open("a") as file:
         file.seek(-4, 2)
         assert (file.tell(), file.read(2), file.read(), file.read()) == (6, b"67", b"89", b"")
+
+
+def test_objects_are_read_one_after_another_into_the_same_memory(place: Location) -> None:
+    place.create("long", b"0123456789")
+    place.create("short", b"abc")
+    place.create("empty", b"")
+    buffer = Buffer()
+    long = place.read_into("long", buffer)
+    assert long == b"0123456789"
+    assert place.read_into("short", buffer) == b"abc"
+    assert long == b"abc3456789", "an earlier answer is written over"
+    assert place.read_into("empty", buffer) == b""
+    with pytest.raises(FileNotFoundError, match="missing"):
+        place.read_into("missing", buffer)
 
 
 def test_create_keeps_the_first_bytes(place: Location) -> None:
