@@ -124,11 +124,11 @@ def ready_to_search(index: Any, k: int) -> Any:
 
 def search(index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return ids [2, Q, k] and scores [2, Q, k]: proponents, then opponents, best first; −1 and NaN where there are fewer."""
-    queries = np.ascontiguousarray(queries, dtype=np.float32)
-    best, near = index.search(queries, k)
-    worst, far = index.search(-queries, k)
-    ids = np.stack([near, far])
-    return ids, np.where(ids < 0, np.nan, np.stack([best, -worst]).astype(np.float64))
+    both = np.ascontiguousarray(np.concatenate([queries, -queries]), dtype=np.float32)
+    scores, ids = index.search(both, k)  # a core for each side of a single query
+    scores, ids = (one.reshape(2, len(queries), k) for one in (scores, ids))
+    signs = np.array([1.0, -1.0])[:, None, None]
+    return ids, np.where(ids < 0, np.nan, signs * scores)
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
