@@ -22,7 +22,8 @@ from engine.projection import (
 )
 
 Sums = dict[str, Tensor]
-_MATERIALISED = 1 << 25  # numbers of full gradients held at a time
+_MATERIALISED = 1 << 25  # numbers of full gradients, or of what stands in their place, held at a time
+_MOVED = 50  # multiplications of a product that take as long as writing and reading one number of a gradient
 
 
 class Projector(Protocol):
@@ -125,12 +126,32 @@ class Dense:
         return b
 
     def add_matrix(self, sums: Sums, parameter: Parameter, a: Factor, b: Factor) -> None:
-        step = max(1, _MATERIALISED // parameter.size)
+        columns, tokens = len(self._blocks[parameter.name]), a.values.shape[1]
+        if a.one_hot or b.one_hot or (columns - 1) * (tokens - 1) <= _MOVED:
+            held, products = columns * tokens * min(parameter.out_features, parameter.in_features), self._from_factors
+        else:
+            held, products = parameter.size, self._from_gradient
+        step = max(1, _MATERIALISED // held)
         parts = [
-            self._times(gradient_vector(Factor(x, a.one_hot), Factor(y, b.one_hot)), parameter)
+            products(parameter, Factor(x, a.one_hot), Factor(y, b.one_hot))
             for x, y in zip(a.values.split(step), b.values.split(step), strict=True)
         ]
         _add(sums, self._array, torch.cat(parts))
+
+    def _from_gradient(self, parameter: Parameter, a: Factor, b: Factor) -> Tensor:
+        return self._times(gradient_vector(a, b), parameter)
+
+    def _from_factors(self, parameter: Parameter, a: Factor, b: Factor) -> Tensor:
+        """Return Σ_t a_tᵀ V_k b_t for the columns k, [B, d]; the gradients themselves are never made."""
+        block = self._blocks[parameter.name].view(-1, parameter.out_features, parameter.in_features)
+        if b.one_hot or (b.width > a.width and not a.one_hot):
+            a, b, block = b, a, block.transpose(1, 2)  # now a is the longer of the two, or one-hot
+        rows = b.values.flatten(0, 1)
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        long = a.values.flatten(0, 1)
+        through = block[:, long].to(dtype) if a.one_hot else long.to(dtype) @ block.to(dtype)
+        products = torch.linalg.vecdot(through, rows.to(dtype))  # [d, B·T]
+        return products.view(len(block), len(b.values), -1).sum(2).T
 
     def add_vector(self, sums: Sums, parameter: Parameter, gradient: Tensor) -> None:
         _add(sums, self._array, self._times(gradient, parameter))

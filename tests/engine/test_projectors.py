@@ -88,10 +88,35 @@ def test_dense_with_query_gradients_is_their_dot_products():
     assert torch.allclose(rows, G.flatten(1) @ queries["w"].T + V @ queries["b"].T, rtol=1e-10, atol=1e-12)
 
 
-def test_dense_does_not_depend_on_the_window(monkeypatch):
+@pytest.mark.parametrize("columns", [1, 3, 40])  # 40: the gradients themselves are made
+@pytest.mark.parametrize("out", [9, 30])
+@pytest.mark.parametrize("side", ["neither", "output", "input"])
+def test_dense_takes_every_kind_of_factor(columns, out, side):
+    parameter = Parameter("w", out, 11, MATRIX.uses)
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(4, 3, width, generator=generator, dtype=F64) for width in (out, 11))
+    places = torch.randint(0, 9, (4, 3), generator=generator)
+    if side == "output":
+        a = torch.nn.functional.one_hot(places, out).double()
+    if side == "input":
+        b = torch.nn.functional.one_hot(places, 11).double()
+    queries = torch.randn(columns, out * 11, generator=generator, dtype=F64)
+    sums, projector = Sums(), Dense({"w": queries})
+    left, right = (
+        Factor(places, out) if side == "output" else Factor(a),
+        Factor(places, 11) if side == "input" else Factor(b),
+    )
+    projector.add_matrix(sums, parameter, left, right)
+    expected = torch.einsum("bto,bti->boi", a, b).flatten(1) @ queries.T
+    assert torch.allclose(sums["rows"], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("moved", [-1, 1000])  # by way of the gradients, and without them
+def test_dense_does_not_depend_on_the_window(moved, monkeypatch):
     kept = Projection("gaussian", 6)
     whole = rows_of(make_projector([MATRIX, VECTOR], kept, CPU, F64))["rows"]
     monkeypatch.setattr(projectors, "_MATERIALISED", 2 * MATRIX.size)
+    monkeypatch.setattr(projectors, "_MOVED", moved)
     windowed = rows_of(make_projector([MATRIX, VECTOR], kept, CPU, F64))["rows"]
     assert torch.allclose(windowed, whole, rtol=1e-13)
 
