@@ -16,10 +16,11 @@ from actors.plan import sampled_ids
 from actors.solve import leave_out, one_thread, warnings
 from actors.solve_job import Notes, SolveJob, figures_key
 from actors.specs import CurvatureSpec, GradientSpec
-from actors.states import SavedState, gradients_key, read_state, save_state, state_key
+from actors.states import SavedState, gradients_key, parse_state, save_state, state_key
 from engine.coordinates import Coordinates, flat_coordinates
 from engine.methods.contract import QueryState
 from engine.multistage import Inverse, Parts, Shared, fixed, proximal, updated
+from storage.damage import read_checked
 from storage.locations import ObjectRecord, to_json
 
 STAGES = ("finetuning", "pretraining")
@@ -48,7 +49,8 @@ def solve_stages(job: StagesJob) -> None:
     joint, ours = flat_coordinates(job.sizes), flat_coordinates(pre.sizes)
     said: dict[str, Any] = {}
     with one_thread():
-        asked = read_state(pre.run, gradients_key(label, job.finetuning.checkpoint))
+        fine = job.finetuning.checkpoint
+        asked = parse_state(read_checked(pre.run, f"prepare-{label}", fine, gradients_key(label, fine)))
         f = joint.join(asked.arrays)
         parts = adjoint(job, f.sum(1, keepdim=True) if job.summed else f, said)
     losses = asked.losses.sum()[None] if job.summed else asked.losses

@@ -21,6 +21,7 @@ from engine.methods.contract import QueryState
 from engine.methods.inverse import InverseCurvature
 from engine.solvers import MAX_EXACT
 from storage.corpus import Corpus
+from storage.damage import refuse_damaged
 from storage.locations import Location, ObjectRecord, to_json
 
 LITTLE = 0.97  # correlation with the plain gradient from which the curvature has changed little
@@ -41,7 +42,9 @@ def solve(job: SolveJob) -> None:
         if run.exists(figures_key(label)) and "state" in job.notes.done():
             keep_for_new(job)
             return
-        asked = SavedState.open(run, gradients_key(label, job.checkpoint))
+        key = gradients_key(label, job.checkpoint)
+        refuse_damaged(run, f"prepare-{label}", job.checkpoint, key)
+        asked = SavedState.open(run, key)
         arrays, said = solve_rows(job, asked) if job.inverse.solver == "projected" else BlockSolver(job).solve(asked)
     for warning in warnings(said, job.inverse):
         job.say(f"warning: {warning}")

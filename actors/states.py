@@ -75,10 +75,6 @@ def _written(run: Location, label: str, checkpoint: str) -> tuple[str, str, str]
     return f"prepare-{label}", checkpoint, state_key(label, checkpoint)
 
 
-def read_state(run: Location, key: str) -> QueryState:
-    return parse_state(run.read(key))
-
-
 def parse_state(data: bytes) -> QueryState:
     return _state(safetensors.torch.load(data))
 

@@ -21,10 +21,15 @@ from engine.knn import faiss_module
 from engine.methods.contract import Method, inverse_of, load_method, nearest_of
 from engine.methods.inverse import InverseCurvature
 from launch.config import Config
+from launch.stage_records import LeasedJournal
 from storage.corpus import Corpus
+from storage.damage import read_checked
+from storage.locations import Location, ObjectRecord
 
 if TYPE_CHECKING:
     from launch.job import Job
+
+CANDIDATES = "candidates"  # the unit of a solve that they are
 
 
 def default_modules(config: Config) -> str:
@@ -66,41 +71,61 @@ def solved_sizes(inverse: InverseCurvature, seen: dict[str, Any]) -> dict[str, i
 
 
 def choose_candidates(
-    job: Job, score: ScoreSpec, gradients: GradientSpec, corpus: Corpus, rows: int
-) -> tuple[Tensor, Tensor] | None:
-    """Return the candidates and probes of every query, found once by the features of both sides; none for most methods."""
+    job: Job, notes: LeasedJournal, score: ScoreSpec, gradients: GradientSpec, corpus: Corpus, rows: int,
+    say: Callable[[str], None],
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Return the candidates and probes of every query, found once by the features of both sides; none for most methods.
+
+    `notes`: the solve's journal, in which they are a unit. Features that were damaged are made anew in any case.
+    """
     nearest = nearest_of(load_method(score.method, score.method_settings))
     if nearest is None:
         return None
-    key = candidates_key(score.label)
-    if not job.run.exists(key):
-        [checkpoint], queries = score.checkpoints, Corpus.open(job.run, score.queries)
-        made = {
-            "model": job.model.record(), "checkpoint": job.model.checkpoint(checkpoint).fingerprint,
-            "features": nearest.features, "token_budget": gradients.token_budget, "shard_rows": rows,
-        }  # fmt: skip
-        folder = digest(made)[:6]
-        settings = {"model": job.model, "token_budget": gradients.token_budget} | {
-            "features": nearest.features, "folder": folder,
-        }  # fmt: skip
-        payloads = []
-        for name, home, whole in ((score.corpus, score.home, corpus), (score.queries, None, queries)):
-            pieces = [piece | {"home": home} for piece in shards(whole, rows)]
-            units = checkpoint_units((checkpoint,), pieces, name)
-            declare_stage(job.run, f"features-{name}-{folder}", made)
-            job.stage(f"features-{name}-{folder}", "features", settings, units)
-            payloads.append([unit.payload for unit in units])
-        found = find_candidates(
-            job.run, corpus, queries, payloads[0], payloads[1], folder, nearest, gradients.projection.seed
-        )
-        job.lease.check()
-        job.run.create(key, safetensors.numpy.save(found))
-    found = safetensors.numpy.load(job.run.read(key))
+    queries = Corpus.open(job.run, score.queries)
+    sets = [(score.corpus, score.home, corpus), (score.queries, None, queries)]
+    folder, (pieces, asked) = make_features(job, score, gradients, nearest.features, sets, rows)
+    with job.lease.turn(f"solve-{score.label}", say):
+        if CANDIDATES not in notes.done():
+            seed, key = gradients.projection.seed, candidates_key(score.label)
+            found = find_candidates(job.run, corpus, queries, pieces, asked, folder, nearest, seed)
+            data = safetensors.numpy.save(found)
+            job.lease.check()
+            job.run.delete(key)  # of a driver that was killed here, or damaged
+            job.run.create(key, data)
+            notes.commit(CANDIDATES, {"objects": [asdict(ObjectRecord.of(key, data))]})
+    found = read_candidates(job.run, score.label)
     return torch.from_numpy(found["candidates"]), torch.from_numpy(found["probes"])
+
+
+def make_features(
+    job: Job, score: ScoreSpec, gradients: GradientSpec, kind: str,
+    sets: list[tuple[str, str | None, Corpus]],  # name, the run that holds it if not this one, and the set
+    rows: int,  # of a shard
+) -> tuple[str, list[list[dict[str, Any]]]]:  # fmt: skip
+    """Leave the features of these sets under the scores' checkpoint; return their folder and every set's units' payloads."""
+    [checkpoint] = score.checkpoints
+    made = {
+        "model": job.model.record(), "checkpoint": job.model.checkpoint(checkpoint).fingerprint,
+        "features": kind, "token_budget": gradients.token_budget, "shard_rows": rows,
+    }  # fmt: skip
+    folder = digest(made)[:6]
+    settings = {"model": job.model, "token_budget": gradients.token_budget, "features": kind, "folder": folder}
+    payloads = []
+    for name, home, corpus in sets:
+        units = checkpoint_units((checkpoint,), [piece | {"home": home} for piece in shards(corpus, rows)], name)
+        declare_stage(job.run, f"features-{name}-{folder}", made | {"home": home})
+        job.stage(f"features-{name}-{folder}", "features", settings, units)
+        payloads.append([unit.payload for unit in units])
+    return folder, payloads
 
 
 def candidates_key(label: str) -> str:
     return f"states/{label}/candidates.safetensors"
+
+
+def read_candidates(run: Location, label: str) -> dict[str, np.ndarray]:
+    """Return what find_candidates found. Raises DamagedObject."""
+    return safetensors.numpy.load(read_checked(run, f"solve-{label}", CANDIDATES, candidates_key(label)))
 
 
 def about_solve(index: IndexJob, method: Method, say: Callable[[str], None]) -> dict[str, Any]:
@@ -110,7 +135,7 @@ def about_solve(index: IndexJob, method: Method, say: Callable[[str], None]) -> 
     nearest = nearest_of(method)
     if nearest is None:
         return about
-    others = safetensors.numpy.load(index.run.read(candidates_key(index.score.label)))["others"]
+    others = read_candidates(index.run, index.score.label)["others"]
     shards_ = (load_scores(index.run, scores_key(index.score.label, piece)) for piece in index.shards)
     probes = np.concatenate([shard.probes for shard in shards_ if shard.probes is not None])
     recall = recall_of(merged_top(index), probes, others, nearest.count)

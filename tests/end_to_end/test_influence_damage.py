@@ -11,12 +11,15 @@ from actors.run_stage import StageStopped
 from launch.config import make_config
 from launch.job import score
 from launch.run import Run
+from storage.damage import DamagedObject
 from storage.journal import Journal
+from storage.locations import Location
 from storage.verify import verify
 from tests.end_to_end.answers import dense, digests
 from tests.end_to_end.conftest import Settings, run_job
 from tests.end_to_end.test_damage import HARMS, Harm, flip
 from tests.end_to_end.test_influence import ARTEFACTS, METHOD, WHOLE
+from tests.end_to_end.test_same_result import Killed, kill_in
 
 HEAD = WHOLE | {"modules": ["classifier"]}
 STORED = {"modules": ["classifier"], "projection": "none", "dtype": "float32"}
@@ -25,6 +28,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "cg": {"gradients": HEAD, "method": FEW},
     "lissa": {"gradients": HEAD, "method": FEW | {"solver": "lissa", "depth": 3, "lissa_scale": 100.0}},
     "sketch": {"gradients": HEAD, "method": FEW | {"solver": "sketch", "columns": 4, "depth": 3, "batch_size": 2}},
+    "fastif": {
+        "gradients": HEAD,
+        "method": {"name": "fastif", "neighbours": 4, "recall_sample": 2, "depth": 3, "repetitions": 2},
+    },
     "projected": {"gradients": STORED, "method": METHOD | {"solver": "projected"}},
 }
 OBJECTS = {
@@ -34,6 +41,7 @@ OBJECTS = {
     "sketch": "states/scores/sketch/columns-0001.safetensors",
     "gram": "states/scores/gram.safetensors",
 }
+CANDIDATES = "states/scores/candidates.safetensors"
 UNITS = {
     "state": ("solve-scores", "state"), "figures": ("solve-scores", "state"), "gram": ("solve-scores", "gram"),
     "gradients": ("prepare-scores", "checkpoint-30"), "sketch": ("sketch-scores", "columns-0001"),
@@ -73,6 +81,41 @@ def test_a_damaged_state_met_on_the_way_is_mended_by_running_again(settings: Set
     assert Journal(run.location, "solve-scores").damaged() == ["block-000000", "block-000003", "state"]
     run_job(settings(**METHODS["cg"]))
     assert digests(run, *ARTEFACTS) == before
+
+
+@pytest.mark.parametrize("harm", HARMS, ids=lambda f: f.__name__)
+def test_damaged_gradients_of_queries_met_by_a_solve_are_named_and_made_anew(
+    settings: Settings, tmp_path: Path, harm: Harm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = digests(run_job(settings(run=str(tmp_path / "undisturbed"), **METHODS["cg"])), *ARTEFACTS)
+    with monkeypatch.context() as patch:
+        kill_in("curvature", 1, patch)
+        with pytest.raises(Killed):
+            run_job(settings(**METHODS["cg"]))
+    harm(Location.parse(settings()["run"]), OBJECTS["gradients"])
+    with pytest.raises(DamagedObject, match=r"of unit checkpoint-30 of stage prepare-scores\. Run the job .* again"):
+        run_job(settings(**METHODS["cg"]))
+    assert digests(run_job(settings(**METHODS["cg"])), *ARTEFACTS) == truth
+
+
+@pytest.mark.parametrize("harm", HARMS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("looked", [True, False], ids=["verified", "met"])
+def test_lost_candidates_and_features_are_named_and_made_anew(settings: Settings, harm: Harm, looked: bool) -> None:
+    pytest.importorskip("faiss")
+    run = run_job(settings(**METHODS["fastif"]))
+    before = digests(run, *ARTEFACTS, "features")
+    harm(run.location, CANDIDATES)
+    if looked:
+        [features, *_] = run.location.list("features/train")
+        harm(run.location, features)
+        found = {damage.key: damage.stage for damage in verify(run.location).damages}
+        assert found == {CANDIDATES: "solve-scores", features: next(s for s in found.values() if s != "solve-scores")}
+    else:
+        with pytest.raises(DamagedObject, match=r"of unit candidates of stage solve-scores\. Run the job .* again"):
+            run_job(settings(**METHODS["fastif"]))
+    run_job(settings(**METHODS["fastif"]))
+    assert digests(run, *ARTEFACTS, "features") == before
+    assert not verify(run.location).damages
 
 
 def windowed(settings: Settings, run: str, most: int, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> Run:
