@@ -3,11 +3,17 @@
     python launch/correct.py CONFIG [section.key=value …]             error correction: examples of the corpus
     python launch/correct.py CONFIG correct.pool=NEW.jsonl            augmentation: examples that it was not trained on
 
-CONFIG is that of a job with method fastif (or influence), with a section `correct`. Each round draws some anchors from a
-validation set, scores the corpus for them as launch/score.py does (the run reads its corpus once and keeps every round's
-scores), and takes one step of SGD on the examples with the largest positive influence on all anchors together (FastIF, Guo
-et al. 2021, appendix C.3). A held-out set is evaluated before and after. Each round leaves a checkpoint in correct.output;
-a correction that was stopped goes on from the last one.
+CONFIG is that of a job with method fastif (or influence), with a section `correct`; configs/correct.yaml is one. Each round
+draws correct.batch anchors from the validation set correct.anchors, scores the corpus for them as launch/score.py does (the
+run reads its corpus once and keeps every round's scores), and takes one step of SGD, of correct.learning_rate, on the mean
+loss of the correct.points examples with the largest positive influence on all anchors together (FastIF, Guo et al. 2021,
+appendix C.3). Only the weights that were scored are changed, and there is no dropout. Loss and accuracy on correct.held_out,
+of which nothing is learned, are said before and after; a learning rate is best chosen on another set than that.
+
+Each round leaves a checkpoint in correct.output, with the step, its loss and its examples in trainer_state.json; a
+correction that was stopped goes on from the last one. With correct.pool the examples are new ones, scored in a run of their
+own (<run>-augment) by the curvature of the pool. Scoring uses the job's workers; steps and evaluation run in this process, on
+a GPU if there is one here and cluster.device allows it.
 """
 
 from launch.command import find_modules_here, run_command  # isort: split
@@ -66,9 +72,9 @@ def correct(config: Config, say: Say = tell) -> Correction:
     made = {"correct": asked.model_dump(), "model": started.fingerprint, "method": config.method.model_dump()}
     anchors = read_anchors(asked)
     task = make_task(model, folder, cache_folder())
-    held_out = training_rows(asked.held_out, task, read_limits(folder))
+    held_out, device = training_rows(asked.held_out, task, read_limits(folder)), own_device(config)
     name = claim(output, made)
-    before = evaluate(task, task.build(folder), held_out)
+    before = evaluate(task, task.build(folder).to(device), held_out)
     say(f"before: {described(before)}")
     for number in range(1, asked.rounds + 1):
         target = output / f"corrected-{name}-{number}"  # one name in the run
@@ -78,9 +84,14 @@ def correct(config: Config, say: Say = tell) -> Correction:
             job = round_config(config, asked, folder, file, f"{name}-{number}")
             say(f"round {number} of {asked.rounds}: {learn(job, asked, folder, target, started.step + number)}")
         folder = target
-    after = evaluate(task, task.build(folder), held_out)
+    after = evaluate(task, task.build(folder).to(device), held_out)
     say(f"after: {described(after)}")
     return Correction(before, after, folder)
+
+
+def own_device(config: Config) -> torch.device:
+    """Return where this process computes."""
+    return torch.device("cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def checked(config: Config) -> CorrectSection:
@@ -153,18 +164,21 @@ def learn(job: Config, asked: CorrectSection, folder: Path, target: Path, step: 
     if not helpful:
         raise ValueError(f"no example of {job.corpus.path} would help these anchors: take a larger method.neighbours")
     chosen = sorted(example for _, example in helpful[: asked.points])
-    loss = descend(read_setting(run.location, index), folder, target, chosen, asked.learning_rate, step)
+    setting, device = read_setting(run.location, index), own_device(job)
+    loss = descend(setting, folder, target, chosen, asked.learning_rate, step, device)
     return f"a step on {len(chosen)} examples of mean loss {loss:.4f}, {', '.join(map(str, chosen[:8]))}"
 
 
-def descend(setting: Setting, folder: Path, target: Path, examples: list[int], rate: float, step: int) -> float:
+def descend(
+    setting: Setting, folder: Path, target: Path, examples: list[int], rate: float, step: int, device: torch.device
+) -> float:
     """Take one step of SGD on these examples along the weights that were scored; return their mean loss before it."""
     task, score_ = setting.task, setting.score
-    model = task.build(folder).eval()  # no dropout: the step is the one that was scored
+    model = task.build(folder).to(device).eval()  # no dropout: the step is the one that was scored
     named = dict(model.named_parameters())
     weights = [named[name].requires_grad_() for name in setting.gradients.parameters]
     rows = setting.context.rows_of(score_.home, score_.corpus, torch.tensor(examples).numpy())
-    loss = task.loss(model, task.collate(rows)).mean()
+    loss = task.loss(model, task.collate(rows).to(device)).mean()
     with torch.no_grad():
         for weight, slope in zip(weights, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True):
             weight -= rate * slope
@@ -180,12 +194,13 @@ def descend(setting: Setting, folder: Path, target: Path, examples: list[int], r
 def evaluate(task: Task, model: nn.Module, rows: list[dict[str, Any]]) -> dict[str, float | None]:
     """Return the mean loss of these rows, and the share of them that the model gets right if the task has labels."""
     model.eval()
+    device = next(model.parameters()).device
     losses: list[float] = []
     wrong: list[bool] = []
     with torch.inference_mode():
         for begin in range(0, len(rows), _ROWS):
             part = rows[begin : begin + _ROWS]
-            batch = task.collate(part)
+            batch = task.collate(part).to(device)
             losses += task.loss(model, batch).tolist()
             answers = predict(task, model, batch) or [None] * len(part)
             judged = (misclassified(task, row, answer) for row, answer in zip(part, answers, strict=True))

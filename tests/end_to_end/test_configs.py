@@ -1,4 +1,4 @@
-"""Every config in configs/ trains and scores at toy size, and every method has one."""
+"""Every config in configs/ trains and scores (or corrects) at toy size, and every method has one."""
 
 from pathlib import Path
 
@@ -7,10 +7,12 @@ from transformers import AutoTokenizer, BertConfig
 
 from engine.methods.contract import METHODS
 from launch.config import load_config
+from launch.correct import correct
 from launch.job import score
 from launch.run import Run
 from launch.train import train_model
 
+TINY_CORRECTION = ["correct.rounds=1", "correct.batch=3", "correct.anchors.limit=6", "correct.held_out.limit=6"]
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
@@ -31,15 +33,19 @@ def test_it_runs(path: Path, small_base: Path, tmp_path: Path) -> None:
     corpus = "tests/data/movie_reviews.dev.jsonl.gz" if text else "tests/data/mnist.npz"
     overrides = [
         f"run.uri={tmp_path / 'run'}", f"checkpoints.path={tmp_path / 'model'}", f"corpus.path={corpus}",
-        "corpus.limit=40", "queries.limit=3", "train.epochs=1", "cluster.backend=in-process", "output.top_k=5",
+        "corpus.limit=40", "train.epochs=1", "cluster.backend=in-process", "output.top_k=5",
         *([f"train.base={small_base}"] if text else []),
-        *(["method.depth=20", "method.repetitions=2"] if path.stem == "fastif" else []),
+        *(["method.depth=20", "method.repetitions=2"] if path.stem in ("fastif", "correct") else []),
+        *([*TINY_CORRECTION, f"correct.output={tmp_path / 'corrected'}"] if path.stem == "correct" else ["queries.limit=3"]),
     ]  # fmt: skip
     if path.stem == "multistage":
         overrides = [*overrides, *pretrained(path, overrides, tmp_path / "pretrained")]
     config = load_config(str(path), overrides)
     train_model(config, lambda _: None)
-    score(config, lambda _: None)
+    if config.correct:
+        assert correct(config, lambda _: None).checkpoint.is_dir()
+    else:
+        score(config, lambda _: None)
     run = Run.open(str(tmp_path / "run"))
     assert run.index().meta["method"] == config.method.name
     assert run.top(2, k=5).num_rows == 10

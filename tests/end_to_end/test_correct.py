@@ -109,7 +109,7 @@ def test_the_anchors_loss_falls_and_rises_along_the_opposite_step(
     before = np.mean(losses(start, inputs / "queries.jsonl")[0])
     assert np.mean(losses(once[0].checkpoint, inputs / "queries.jsonl")[0]) < before
     down = command.descend
-    monkeypatch.setattr(command, "descend", lambda *given: down(*given[:4], -given[4], given[5]))
+    monkeypatch.setattr(command, "descend", lambda *given: down(*given[:4], -given[4], *given[5:]))
     wrong = run_quietly(asked())
     assert np.mean(losses(wrong.checkpoint, inputs / "queries.jsonl")[0]) > before
 
