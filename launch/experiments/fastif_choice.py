@@ -6,6 +6,8 @@ judged on the rows of the curvature, in whose span everything is known (fastif_s
 """
 
 import itertools
+import json
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,12 @@ ALIKE, ENOUGH = 0.95, 0.97  # stricter than the guard and the gates, which are j
 def choose(config: dict[str, Any]) -> dict[str, float]:
     """Return the relative damping, depth and repetitions of a config, with what they reach on its dev queries."""
     names = ("minilm", "curvature_rows", "dampings", "depths", "repetitions", "dev_queries", "seed")
-    given = {name: config[name] for name in names}
+    return _chosen(json.dumps({name: config[name] for name in names}, sort_keys=True))
+
+
+@lru_cache(maxsize=1)
+def _chosen(config: str) -> dict[str, float]:
+    given = json.loads(config)
     found = kept("choice", given, lambda: {k: torch.tensor(v, dtype=torch.float64) for k, v in search(given).items()})
     return {name: float(value) for name, value in found.items()}
 

@@ -8,7 +8,8 @@ the reviews that are evaluated are of different products' reviews. A cell is one
 """
 
 import itertools
-from pathlib import Path
+import json
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from launch.experiments import fastif_span as span
 from launch.experiments.fastif_choice import choose
 from launch.experiments.fastif_head import nearest
 from launch.experiments.kept import kept
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import Part, accuracy, loss, read_records, token_states
 
@@ -60,20 +62,26 @@ def tuned_rate(config: dict[str, Any], parts: dict[str, Part]) -> float:
 
 def electronics(config: dict[str, Any]) -> dict[str, Part]:
     """Return anchors and pool, the dev reviews in two pieces, and the test reviews, below MiniLM's top layers."""
-    settings, own = config["minilm"], config["electronics"]
+    settings = config["minilm"]
+    made_of = config["electronics"] | {name: settings[name] for name in ("base", "top_layers", "max_tokens")}
+    return _electronics(json.dumps(made_of, sort_keys=True))
+
+
+@lru_cache(maxsize=1)
+def _electronics(config: str) -> dict[str, Part]:
+    own = json.loads(config)
 
     def make() -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         for name, (file, begin, stop) in own["parts"].items():
             records = read_records(own["data"].format(part=file))[begin:stop]
             texts = tuple(record["text"] for record in records)
-            states = token_states(settings["base"], -settings["top_layers"], texts, settings["max_tokens"])
+            states = token_states(own["base"], -own["top_layers"], texts, own["max_tokens"])
             out |= {f"{name}.states": torch.cat(states), f"{name}.lengths": torch.tensor([len(one) for one in states])}
             out |= {f"{name}.labels": torch.tensor([record["label"] for record in records])}
         return out
 
-    made_of = own | {name: settings[name] for name in ("base", "top_layers", "max_tokens")}
-    found = kept("electronics", made_of, make)
+    found = kept("electronics", own, make)
     return {
         name: Part(list(found[f"{name}.states"].split(found[f"{name}.lengths"].tolist())), found[f"{name}.labels"])
         for name in own["parts"]
@@ -174,8 +182,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
     axes.set_title(f"steps on influential examples, {len(config['seeds'])} repeats", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"correction.{kind}", dpi=100)
+    save(figure, folder, "correction")
 
 
 EXPERIMENT = Experiment(

@@ -7,7 +7,6 @@ from. Compared on the neighbours, as in the paper, and on all training examples.
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from launch.experiments import fastif_span as span
 from launch.experiments.fastif_choice import choose
 from launch.experiments.fastif_guard import agreement, guarded, pearson
 from launch.experiments.fastif_head import nearest, right_and_wrong
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 
 PAPER = {"pearson": 0.998, "spearman": 0.995, "kendall": 0.969}  # table 4, k = 1,000 against full
@@ -146,8 +146,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("influence of training examples: exact (across), fast (up); predictions right (upper), wrong (lower)",
                     fontsize=9)  # fmt: skip
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"correlation.{kind}", dpi=110)
+    save(figure, folder, "correlation", dpi=110)
 
 
 EXPERIMENT = Experiment(

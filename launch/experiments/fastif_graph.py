@@ -27,6 +27,7 @@ from launch.experiments.fastif_head import (
     sentence_embeddings,
 )
 from launch.experiments.heads import as_weights, with_one
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import Part
 
@@ -135,8 +136,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
     left, side = figure.subplots(1, 2, width_ratios=(7, 4))
     draw_graph(left, done, outer, inner, config["drawn"])
     draw_pairs(side, done)
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"graph.{kind}", dpi=110)
+    save(figure, folder, "graph", dpi=110)
     nodes = {name: place.round(4).tolist() for name, place in outer.items()}
     examples = {str(example): place.round(4).tolist() for example, place in inner.items()}
     graph = {**statistics(done), "results": done, "places": {"mistakes": nodes, "examples": examples}}

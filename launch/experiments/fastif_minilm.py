@@ -129,10 +129,15 @@ class Reference:
 
 def reference(config: dict[str, Any], count: int) -> Reference:
     """Return the exact inverse of `count` randomly chosen training rows of a `minilm` section's model."""
-    subject = trained(config)
+    return _reference(json.dumps(config, sort_keys=True), count)
+
+
+@lru_cache(maxsize=1)
+def _reference(config: str, count: int) -> Reference:
+    settings, subject = json.loads(config), _trained(config)
     chosen = torch.from_numpy(permutation(derive_key(0, "curvature"), len(subject.train.labels))[:count].copy())
     rows = subject.train.take(chosen)
-    found = kept("gram", config | {"rows of the curvature": count}, lambda: {"gram": gram(subject.model, rows)})
+    found = kept("gram", settings | {"rows of the curvature": count}, lambda: {"gram": gram(subject.model, rows)})
     return Reference(subject.model, subject.coordinates, rows, found["gram"])
 
 

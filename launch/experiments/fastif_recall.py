@@ -6,7 +6,6 @@ k is the paper's share of the training set. On a convex head and on MiniLM's top
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from launch.experiments import fastif_head, fastif_minilm
 from launch.experiments.fastif_choice import choose
 from launch.experiments.fastif_guard import guarded, pearson
 from launch.experiments.fastif_head import nearest, right_and_wrong
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 
 SIDES = {"influential": torch.abs, "helpful": torch.positive, "harmful": torch.neg}
@@ -150,8 +150,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
         axes.set_title(f"recall on {NOUNS[name]}, {len(result['right'])} queries", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"recall.{kind}", dpi=100)
+    save(figure, folder, "recall")
 
 
 EXPERIMENT = Experiment(

@@ -6,7 +6,6 @@ the query's loss compared. On the convex head training again has one result. On 
 weights, under several seeds, and the comparison is with leaving out random examples, which all queries of a seed share.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from launch.experiments import fastif_head, fastif_minilm, fastif_span
 from launch.experiments.fastif_choice import choose
 from launch.experiments.fastif_head import nearest, right_and_wrong
 from launch.experiments.kept import kept
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import loss
 
@@ -189,8 +189,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
         axes.set_title(f"{int(rows.sum())} queries whose prediction is {title}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"removal.{kind}", dpi=100)
+    save(figure, folder, "removal")
 
 
 EXPERIMENT = Experiment(

@@ -8,7 +8,6 @@ for its λ. Every kind is judged at the learning rate that is best for it, the m
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from engine.metrics import bootstrap_interval
 from launch.experiments.fastif_guard import guarded, pearson
 from launch.experiments.fastif_head import convex, is_right, random_of_label, right_and_wrong
 from launch.experiments.heads import Head, LogisticOperator, as_model, as_weights, fit, gradients, losses_of, with_one
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import Part
 
@@ -153,8 +153,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
     axes.set_ylim(*np.array([-1.3, 1.3]) * max(abs(np.mean(found)) for found in result["best"].values()))
     figure.supylabel("change of the simulator's loss", fontsize=9)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"simulatability.{kind}", dpi=100)
+    save(figure, folder, "simulatability")
 
 
 EXPERIMENT = Experiment(

@@ -6,7 +6,6 @@ loss is held against g_qᵀ(H + λI)⁻¹g_z / n, divided by 1 − h_z. λ is th
 query: the correlation over the examples, and the slope of the true change on the predicted one, through the origin.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from launch.experiments.heads import (
     retrained_without,
     whole_matrix,
 )
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 
 COLOURS = {"top": "#c8553d", "random": "#3d5a98"}
@@ -131,8 +131,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
     axes.set(xlabel="predicted rise of the query's loss, 10⁻³", ylabel="after training again without it, 10⁻³")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"loo.{kind}", dpi=100)
+    save(figure, folder, "loo")
 
 
 EXPERIMENT = Experiment(

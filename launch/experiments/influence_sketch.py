@@ -6,7 +6,6 @@ by its standard error; the same with one batch in both places must be found bias
 columns d and a seed: its own G and batches. Beside it how one sketch ranks the training examples.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from engine.metrics import bootstrap_interval
 from engine.solvers import finish, largest_eigenvalue
 from engine.stochastic_solvers import Sketch, batch_scale, sketch_columns, sketch_matrix, sketch_step, sketched
 from launch.experiments.heads import Head, LogisticOperator, gradients, logistic, whole_matrix
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 
 DRAWN = {"two": "two batches", "same": "one batch for both"}
@@ -116,8 +116,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
     axes.set_ylabel("vᵀS(Gv) / vᵀH⁻¹v, mean over queries")
     axes.set_title("A point per sketch; bars: mean ± 3 standard errors", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"sketch.{kind}", dpi=100)
+    save(figure, folder, "sketch")
 
 
 EXPERIMENT = Experiment(

@@ -6,7 +6,6 @@ head, and a perceptron whose Hessian, which squared CG takes, is indefinite. λ 
 which stands how much it changes: the correlation of the exact scores with those of the plain gradient.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from engine.metrics import bootstrap_interval
 from engine.solvers import FILTERS, Solution, finish, largest_eigenvalue
 from engine.stochastic_solvers import batch_scale, lissa_repetition, lissa_solution
 from launch.experiments.heads import Head, gradients, logistic, operator, perceptron, whole_matrix
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 
 HEADS = {"head": logistic, "mlp": perceptron}
@@ -127,8 +127,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
         axes.spines[["top", "right"]].set_visible(False)
         if place == 0 or cell == next(iter(done)):
             axes.set_ylabel("Spearman with the exact solve, a point per query")
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"solvers.{kind}", dpi=100)
+    save(figure, folder, "solvers")
 
 
 EXPERIMENT = Experiment(

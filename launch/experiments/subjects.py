@@ -188,7 +188,8 @@ class Given(nn.Module):
 
 
 def fetch(base: str) -> Path:
-    return Location.parse(base).fetch(ROOT / "runs" / "cache")
+    """Return the folder of a pretrained model: of this repository, or of a package."""
+    return Location.parse(base if ":" in base else str(ROOT / base)).fetch(ROOT / "runs" / "cache")
 
 
 def mlp(sizes: list[int]) -> nn.Sequential:

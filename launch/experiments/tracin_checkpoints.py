@@ -9,7 +9,6 @@ more alike than those of independent samples, so its p is too large if anything.
 was taken at is dealt anew at random.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from engine.counters import derive_key, permutation
 from engine.metrics import bootstrap_interval
 from engine.projection import Projection
 from launch.experiments.passes import chosen_states, gradient_rows, projector_of, self_influence, states_of
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import Part, make_subject
 from launch.experiments.tracin_mislabel import flip_labels, key
@@ -115,8 +115,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
         text = f"{name} checkpoint (epoch {epochs:.0f} on average)"
         upper.text(1, 0.99 - 0.085 * place, text, color=colour, fontsize=9, ha="right", transform=upper.transAxes)
     upper.set_ylim(top=1.35 * upper.get_ylim()[1])
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"classes.{kind}", dpi=150)
+    save(figure, folder, "classes", dpi=150)
 
 
 def draw_counts(axes: Axes, done: dict[str, dict[str, Any]], kind: str) -> None:

@@ -9,7 +9,6 @@ which knows no target: self-influence is four times the loss times its square.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from engine.parameters import select_parameters
 from engine.projection import Projection
 from engine.projectors import make_projector
 from engine.training import TrainSettings, train
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import ROOT
 
@@ -154,8 +154,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
     title = f"Spearman {rho:.2f} ({low:.2f} to {high:.2f}), {len(dense)} patients, {len(done)} seeds"
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"density.{kind}", dpi=150)
+    save(figure, folder, "density", dpi=150)
 
 
 EXPERIMENT = Experiment(

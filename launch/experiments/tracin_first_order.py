@@ -9,7 +9,6 @@ Correlation and slope (least squares through the origin) are taken over the step
 differences between test digits cannot pass for agreement; intervals resample the test digits, each the mean of its seeds.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from engine.counters import derive_key, permutation
 from engine.methods.tracin_ideal import StepEffect, every_step
 from engine.metrics import bootstrap_interval
 from engine.training import TrainSettings
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import Part, loss, make_subject
 
@@ -130,8 +130,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
     figure.suptitle(
         "Fall of a test digit's loss in one step of SGD, against TracIn's dot product η g·∇ℓ(z′)", fontsize=11
     )
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"first_order.{kind}", dpi=150)
+    save(figure, folder, "first_order", dpi=150)
 
 
 def draw_pairs(axes: Axes, config: dict[str, Any], done: dict[str, dict[str, Any]], run: Run, colour: str) -> None:

@@ -6,7 +6,6 @@ self-influence Σ_i η_i ‖∇ℓ(w_i, z)‖² from exact norms. On MNIST and o
 own initial weights, order and flips. Gates without the name of a data set are MNIST's.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from engine.counters import derive_key, permutation
 from engine.metrics import auroc, bootstrap_interval, found_in_top
 from engine.projection import Projection
 from launch.experiments.passes import chosen_states, gradient_rows, projector_of, self_influence, states_of
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import (
     Part,
@@ -151,8 +151,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
         draw(axes, results)
         title = f"{config['flipped']:.0%} wrong labels among {settings['rows']['train']:,} {NOUNS[name]}"
         axes.set_title(f"{title} (line: mean, band: range over {len(results)} seeds)", loc="left", fontsize=10)
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"found.{kind}", dpi=90)
+    save(figure, folder, "found", dpi=90)
 
 
 def draw(axes: Axes, results: list[dict[str, Any]]) -> None:

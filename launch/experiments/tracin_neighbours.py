@@ -9,7 +9,6 @@ lists and HNSW graphs trade recall for time: their setting is chosen on queries 
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from engine.metrics import bootstrap_interval
 from engine.projection import Projection
 from engine.topk import TopK, top_k
 from launch.experiments.passes import chosen_states, gradient_rows, projector_of, query_state, states_of
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import Part, make_subject
 
@@ -227,8 +227,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
         draw(axes, result)
         axes.set_title(f"{name}: {result['rows']:,} vectors of {result['width']:,}", loc="left", fontsize=10)
         axes.set_ylabel(f"recall@{config['top']}")
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"recall.{kind}", dpi=100)
+    save(figure, folder, "recall")
 
 
 def draw(axes: Axes, result: dict[str, Any]) -> None:

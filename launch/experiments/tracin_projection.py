@@ -6,7 +6,6 @@ Rademacher projection d of the whole gradient. Beside it what the sketch makes o
 from exact norms. A cell is one data set and seed, of the training as of the projection.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from launch.experiments.passes import (
     query_state,
     states_of,
 )
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import Part, make_subject, of_set, seeded_cells, set_and_seed
 
@@ -138,8 +138,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
             axes.set(xscale="log", xlabel="numbers kept of a gradient")
             axes.spines[["top", "right"]].set_visible(False)
         left.legend(frameon=False, fontsize=8)
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"projection.{kind}", dpi=100)
+    save(figure, folder, "projection")
 
 
 def draw(left: Axes, right: Axes, kind: str, colour: str, results: list[dict[str, Any]]) -> None:

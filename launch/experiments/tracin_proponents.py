@@ -20,6 +20,7 @@ from engine.counters import derive_key
 from engine.metrics import bootstrap_interval
 from engine.topk import top_k
 from launch.experiments.passes import chosen_states, exact_scores, states_of
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import (
     Part,
@@ -124,8 +125,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
     for axes, name in zip(figure.subplots(1, len(config["sets"])), config["sets"], strict=True):
         draw(axes, name, of_set(name, done))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    for kind in ("png", "svg"):
-        figure.savefig(Path(folder) / f"by-rank.{kind}", dpi=100)
+    save(figure, folder, "by-rank")
     first = config["seeds"][0]
     for name, show in (("mnist", show_digits), ("glosses", show_glosses)):
         show(config["sets"][name], done[f"{name}-seed-{first}"]["shown"], Path(folder))
