@@ -1,5 +1,8 @@
 """The exact reference of the FastIF experiments, and LiSSA in the span of its rows, against dense matrices; the guard."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,9 +11,12 @@ from engine.coordinates import chosen_coordinates
 from engine.solvers import finish
 from engine.stochastic_solvers import Lissa, lissa_repetition
 from engine.stochastic_solvers import batch_scale as engine_scale
+from launch import validate
 from launch.experiments import fastif_minilm as minilm
 from launch.experiments import fastif_span as span
+from launch.experiments import fastif_speed as speed
 from launch.experiments.fastif_guard import agreement, guarded, pearson
+from launch.experiments.fastif_head import nearest
 from launch.experiments.registry import Gate
 from launch.experiments.subjects import Part, Subject, logits, loss, mlp
 from tests import oracles
@@ -132,3 +138,68 @@ def test_correlations_are_by_query() -> None:
     a = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
     assert pearson(a, a * torch.tensor([2.0, -1.0])) == pytest.approx([1, -1])
     assert agreement(a[:, 0].numpy(), a[:, 1].numpy())["kendall"] == 1
+
+
+def test_candidates_are_scored_in_the_span_as_on_the_weights(
+    subject: minilm.MiniLM, reference: minilm.Reference, asked: Tensor, caught: Caught
+) -> None:
+    own = speed.Subject(subject, reference, 0, {})
+    near = [[3, 11, 7], [0, 4, 29]]
+    inner = span.span_of(reference, asked[:, :2], scale=2.0)
+    block = span.exact_in_span(inner, DAMPING)
+    truth = minilm.influence_on(subject, span.expanded(reference, inner, block, asked[:, :2])) * len(
+        subject.train.labels
+    )
+
+    def compare() -> None:
+        seen = [speed.Seen.of(own, np.array(ids), asked[:, [q]]) for q, ids in enumerate(near)]
+        for q, found in enumerate(speed.scores(seen, inner, block)):
+            np.testing.assert_allclose(found, truth[near[q], q], rtol=1e-8, atol=1e-12)
+
+    caught(compare, minilm, "margin", without_second_derivative)
+    caught(compare, speed, "loss", lambda model, batch: -loss(model, batch))
+
+
+def timings(rows: int, k: list[int]) -> dict[str, Any]:
+    """Return what a cell measures where the law holds exactly."""
+    near = {str(count): 0.5 + 0.001 * rows + 0.02 * count for count in k}
+    return {"all": 2 + 0.01 * rows, "search": 0.1 + 0.0002 * rows, "near": near}
+
+
+def test_the_law_gives_back_the_seconds_and_where_a_speed_up_is_passed() -> None:
+    done = {f"of-{rows}": timings(rows, [rows // 100, rows // 10]) for rows in (1000, 2000, 5000)} | {"fast": {}}
+    found = speed.law(done)
+    assert found.speed_up(100, 3, 8000, 80) == pytest.approx((100 + 82) / (3 + 0.1 + 1.6 + 0.5 + 8 + 1.6))
+    fixed = speed.passed(speed.Law(found.every, np.array([0.5, 0, 0.02]), np.array([0.1, 0])), 100, 3, None, 10)
+    assert fixed == pytest.approx((80 * 3.8 - 102) / 0.01, rel=0.01)
+    assert speed.passed(found, 100, 3, 0.01, 0) is None  # without end it is 0.01 / (0.0002 + 0.001 + 0.0002)
+
+
+def test_the_cheapest_good_setting_is_taken_and_repetitions_share_the_actors() -> None:
+    timed = {"besides": 1.0, "recursion": 0.1}
+    settings = [
+        {"depth": 10, "repetitions": 1, "dev": 0.90},
+        {"depth": 20, "repetitions": 2, "dev": 0.96},
+        {"depth": 30, "repetitions": 1, "dev": 0.99},
+        {"depth": 9, "repetitions": 4, "dev": 0.95},
+    ]
+    assert speed.cheapest({"settings": settings}, timed, 2) == (3.0, settings[1])
+    assert speed.cheapest({"settings": settings}, timed, 1) == (4.0, settings[2])
+    assert speed.cheapest({"settings": settings[:1]}, timed, 1)[1]["dev"] == 0.90
+
+
+def test_what_is_timed_on_the_actors_is_the_fast_influence() -> None:
+    config = validate.experiment_config("fastif.speed", toy=True)
+    own = speed.subject_of(config)
+    timed = speed.time_fast(config)
+    query = own.trained.subject.parts["test"].take(torch.tensor([own.query]))
+    b, lissa = minilm.query_gradients(own.trained, query), own.paper["fast"]
+    inner = span.span_of(own.exact, b, lissa.scale)
+    x = span.expanded(own.exact, inner, span.repetitions(inner, lissa, own.exact.largest).mean(0), b)
+    near = nearest(
+        minilm.pooled(own.trained, own.trained.train), minilm.pooled(own.trained, query), config["neighbours"]
+    )
+    truth = minilm.influence_on(own.trained, x)[:, 0]
+    assert {int(i) for i in timed["found"]} == set(near[0].tolist())
+    for i, score in timed["found"].items():
+        assert score == pytest.approx(float(truth[int(i)]), rel=1e-3, abs=1e-3 * float(truth.abs().max()))
