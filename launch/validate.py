@@ -2,7 +2,7 @@
 
     python launch/validate.py NAME [--toy] [--json]      run, resuming cell by cell
     python launch/validate.py --list                     all experiments with their cost
-    python launch/validate.py --tables                   write the README's tables from the committed results
+    python launch/validate.py --tables                   write docs/results.md and the README's table from the committed results
 
 Finished cells lie in tests/benchmarks/results/cells/NAME/, the result in tests/benchmarks/results/NAME.json; report.md and
 plots go to runs/validate/NAME/ (a toy pass: NAME-toy/, its cells too), the pictures of a full-size pass also to
@@ -32,6 +32,8 @@ from launch.messages import plain_errors
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 REPORTS = ROOT / "runs" / "validate"
+COLUMNS = "gate | value | 95 % interval | asked | passed | paper"
+WRITTEN = "By `python launch/validate.py --tables` from the files in `tests/benchmarks/results`. Minutes: of all cells."
 KEPT = (".png", ".md", ".json")  # of what an experiment draws
 
 
@@ -119,35 +121,58 @@ def circumstances(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def gate_table(gates: list[dict[str, Any]]) -> str:
     """Return the gates as a Markdown table."""
-    lines = ["| gate | value | 95 % interval | asked | passed | paper |", "|---|---|---|---|---|---|"]
-    for g in gates:
-        asked = "–" if g["threshold"] is None else f"{'≥' if g['at_least'] else '≤'} {g['threshold']:g}"
-        passed = {True: "yes", False: "**no**", None: "reported"}[g["pass"]]
-        interval = "–" if g["ci"] is None else f"{g['ci'][0]:.3f} – {g['ci'][1]:.3f}"
-        paper = "–" if g["paper"] is None else f"{g['paper']:g}"
-        lines.append(f"| {g['name']} | {g['value']:.3f} | {interval} | {asked} | {passed} | {paper} |")
-    return "\n".join(lines)
+    return "\n".join([f"| {COLUMNS} |", "|---" * 6 + "|", *(f"| {gate_line(gate)} |" for gate in gates)])
 
 
-def write_tables(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> None:
-    """Replace what stands between the README's result markers by tables of the committed results."""
-    parts = []
-    for file in sorted(results.glob("*.json")):
-        report = json.loads(file.read_text())
-        machine = f"{report['machine']['cores']} cores, {report['machine']['memory_gib']} GiB"
-        parts.append(
-            f"**`{report['name']}`**: {report['claim']} ({report['date']}, commit {report['commit']}, {machine})\n\n"
-            f"{gate_table(report['gates'])}{_plot_links(file.parent / 'plots' / report['name'], readme.parent)}"
-        )
+def gate_line(gate: dict[str, Any]) -> str:
+    """Return the cells of one gate's line, without the outer bars."""
+    asked = "–" if gate["threshold"] is None else f"{'≥' if gate['at_least'] else '≤'} {gate['threshold']:g}"
+    passed = {True: "yes", False: "**no**", None: "reported"}[gate["pass"]]
+    interval = "–" if gate["ci"] is None else " – ".join(figure(end) for end in gate["ci"])
+    paper = "–" if gate["paper"] is None else f"{gate['paper']:g}"
+    return " | ".join([gate["name"], figure(gate["value"]), interval, asked, passed, paper])
+
+
+def figure(value: float) -> str:
+    """Return a number as tables show it: three decimals, fewer of large ones, whole numbers whole."""
+    if abs(value) >= 1000 or (abs(value) >= 2 and value == round(value)):
+        return f"{value:,.0f}"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}"
+    return f"{value:.{1 if abs(value) >= 100 else 3}f}"
+
+
+def write_tables(
+    results: Path = RESULTS, readme: Path = ROOT / "README.md", whole: Path = ROOT / "docs/results.md"
+) -> None:
+    """Write all committed results to one file, and those that are judged or have a paper's figure into the README."""
+    reports = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+    parts = [
+        f"## {report['name']}\n\n{report['claim']} ({_circumstances(report)})\n\n{gate_table(report['gates'])}"
+        f"{_plot_links(results / 'plots' / report['name'], whole.parent)}"
+        for report in reports
+    ]
+    whole.write_text(f"# Results\n\n{WRITTEN}\n\n" + "\n\n".join(parts) + "\n")
+    lines = [f"| experiment | {COLUMNS} |", "|---" * 7 + "|"]
+    for report in reports:
+        told = [gate for gate in report["gates"] if gate["threshold"] is not None or gate["paper"] is not None]
+        names = [f"`{report['name']}`", *[""] * len(told)]
+        lines += [f"| {name} | {gate_line(gate)} |" for name, gate in zip(names, told, strict=False)]
+    block = "<!-- results: begin -->\n" + "\n".join(lines) + "\n<!-- results: end -->"
     text = readme.read_text()
-    block = "<!-- results: begin -->\n" + "\n\n".join(parts) + "\n<!-- results: end -->"
     readme.write_text(re.sub(r"<!-- results: begin -->.*<!-- results: end -->", lambda _: block, text, flags=re.S))
 
 
-def _plot_links(folder: Path, root: Path) -> str:
-    links = [
-        f"[{file.name}]({file.relative_to(root)})" for file in sorted(folder.glob("*")) if folder.is_relative_to(root)
-    ]
+def _circumstances(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    return (
+        f"{report['date']}, commit {report['commit']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"{report['seconds'] / 60:.0f} min"
+    )
+
+
+def _plot_links(folder: Path, page: Path) -> str:
+    links = [f"[{file.name}]({os.path.relpath(file, page)})" for file in sorted(folder.glob("*"))]
     return f"\n\nPictures: {', '.join(links)}" if links else ""
 
 
@@ -156,7 +181,7 @@ def main(
     toy: Annotated[bool, typer.Option(help="the smallest size, for tests")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the gates as JSON")] = False,
     show: Annotated[bool, typer.Option("--list", help="list the experiments with their cost")] = False,
-    tables: Annotated[bool, typer.Option(help="write the README's tables")] = False,
+    tables: Annotated[bool, typer.Option(help="write docs/results.md and the README's table")] = False,
 ) -> None:
     """Run one experiment, or all of them."""
     with plain_errors():

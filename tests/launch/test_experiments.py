@@ -66,7 +66,7 @@ class Counting:
         return {"value": config["size"]}
 
     def gates(self, config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]:
-        return [Gate("sum", sum(result["value"] for result in done.values()), threshold=5.0)]
+        return [Gate("sum", sum(result["value"] for result in done.values()), threshold=5.0), Gate("beside", 0.5)]
 
 
 @pytest.fixture
@@ -117,12 +117,26 @@ def test_readme_tables_are_written_between_the_markers(counting: Counting, tmp_p
     validate.validate("counting", results=tmp_path, reports=tmp_path / "reports")
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
-    validate.write_tables(tmp_path, readme)
+    plots = tmp_path / "plots" / "counting"
+    plots.mkdir(parents=True)
+    (plots / "sum.png").touch()
+    validate.write_tables(tmp_path, readme, tmp_path / "results.md")
     text = readme.read_text()
-    assert text.startswith("before\n<!-- results: begin -->\n**`counting`**: it counts (")
-    assert text.endswith("<!-- results: end -->\nafter\n")
-    assert "| sum | 6.000 |" in text
+    assert text.startswith("before\n<!-- results: begin -->\n| experiment | gate |")
+    assert text.endswith("|\n<!-- results: end -->\nafter\n")
+    assert "| `counting` | sum | 6 | – | ≥ 5 | yes | – |" in text
     assert "old" not in text
+    assert "beside" not in text, "what is only reported stands in the other file"
+    whole = (tmp_path / "results.md").read_text()
+    assert "## counting\n\nit counts (" in whole
+    assert "| beside | 0.500 | – | – | reported | – |" in whole
+    assert "Pictures: [sum.png](plots/counting/sum.png)" in whole
+
+
+def test_figures_have_as_many_decimals_as_help() -> None:
+    values = [0.0, 1.0, 3.0, 0.25, -12.3456, 123.456, 5262.0, 12345.6, 0.00012]
+    shown = ["0.000", "1.000", "3", "0.250", "-12.346", "123.5", "5,262", "12,346", "1.2e-04"]
+    assert [validate.figure(value) for value in values] == shown
 
 
 def test_interval_of_the_median_ignores_one_wild_pair() -> None:
