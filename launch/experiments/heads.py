@@ -23,6 +23,7 @@ from engine.parameters import select_parameters
 from engine.projectors import Whole
 from engine.solvers import ExactState, exact, finish
 from engine.training import TrainSettings, train
+from launch.experiments.kept import kept
 from launch.experiments.subjects import Part, loss, mlp, read_records, token_states
 
 CLASSES = 2
@@ -67,15 +68,21 @@ def perceptron(config: dict[str, Any]) -> Head:
 
 
 def features(config: dict[str, Any]) -> dict[str, Part]:
-    """Return clearly rated movie reviews as MiniLM's output averaged over their tokens, float64 [n, 384]."""
-    parts = {}
-    for name, rows in config["rows"].items():
-        records = read_records(config["data"].format(part=name))
-        records = [record for record in records if abs(record["score"]) >= config["least_score"]][:rows]
-        states = token_states(config["base"], None, tuple(r["text"] for r in records), config["max_tokens"])
-        pooled = torch.stack([tokens.mean(0) for tokens in states]).double()
-        parts[name] = Part(pooled, torch.tensor([r["label"] for r in records]))
-    return parts
+    """Return clearly rated movie reviews as MiniLM's output averaged over their tokens, float64 [n, 384]; it is kept."""
+
+    def make() -> dict[str, Tensor]:
+        found = {}
+        for name, rows in config["rows"].items():
+            records = read_records(config["data"].format(part=name))
+            records = [record for record in records if abs(record["score"]) >= config["least_score"]][:rows]
+            states = token_states(config["base"], None, tuple(r["text"] for r in records), config["max_tokens"])
+            found[f"{name}.pooled"] = torch.stack([tokens.mean(0) for tokens in states]).double()
+            found[f"{name}.labels"] = torch.tensor([r["label"] for r in records])
+        return found
+
+    given = {key: config[key] for key in ("data", "rows", "base", "least_score", "max_tokens")}
+    found = kept("pooled", given, make)
+    return {name: Part(found[f"{name}.pooled"], found[f"{name}.labels"]) for name in config["rows"]}
 
 
 def with_one(part: Part) -> Tensor:

@@ -37,7 +37,7 @@ def run_penalty(config: dict[str, Any], cell: str) -> dict[str, Any]:
     f, queries = (inputs for part in ("train", "test") if isinstance(inputs := parts[part].inputs, Tensor))
     labels, truth = parts["train"].labels, parts["test"].labels
     shards = list(zip(f.chunk(_SHARDS), labels.chunk(_SHARDS), strict=True))
-    head = retrain_head_here(shards, CLASSES, HeadSettings(penalty))
+    head = retrain_head_here(shards, CLASSES, HeadSettings(penalty, tolerance=config["tolerance"]))
     first = shard_loss(torch.zeros_like(head.weights), f, labels).gradient.norm() / len(f)
     early = retrain_head_here(shards, CLASSES, HeadSettings(penalty, tolerance=float(first) / _EARLY))
     own = (f @ head.weights.T).argmax(1)
@@ -65,7 +65,12 @@ def largest_error(head: Head, f: Tensor, labels: Tensor, queries: Tensor) -> flo
 def gates(config: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[Gate]:
     worst = {name: max(one[name] for one in results.values()) for name in FIGURES}
     return [
-        Gate("largest |logit - sum of representer values|", worst["error"], threshold=1e-8, at_least=False),
+        Gate(
+            "largest distance of a logit from its sum of representer values",
+            worst["error"],
+            threshold=1e-8,
+            at_least=False,
+        ),
         Gate("largest gradient of a retrained layer", worst["gradient"], threshold=1e-10, at_least=False),
         Gate("the same, stopped at a 200th of the first gradient", worst["error_early"]),
         Gate("the same, α from the layer's own answers", worst["error_distilled"]),
