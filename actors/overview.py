@@ -76,9 +76,19 @@ def stages(run: Location, detail: bool = False, now: Callable[[], float] = time.
             count = len(run.list("checkpoints"))
             found.append(_sharded(run, name, run, name.removeprefix("collect-"), record["shard_rows"], count))
     for name in sorted(names):
+        if name.startswith("features-"):
+            record, corpus = run.read_json(f"stages/{name}.json"), feature_set(name)
+            home = Location.parse(record["home"]) if record.get("home") else run
+            found.append(_sharded(run, name, home, corpus, record["shard_rows"], 1))
+    for name in sorted(names):
         if name.startswith("score-"):
             found += _scoring(run, name.removeprefix("score-"), finished)
     return [_in_detail(run, one, now) for one in found] if detail else found
+
+
+def feature_set(stage: str) -> str:
+    """Return the set whose features a stage makes: features-<set>-<hash of all that they depend on>."""
+    return stage.removeprefix("features-").rpartition("-")[0]
 
 
 def _ingest(run: Location, name: str) -> StageState:
@@ -95,6 +105,9 @@ def _scoring(run: Location, label: str, finished: list[str]) -> list[StageState]
     count, rows = len(record["checkpoints"]), record["shard_rows"]
     prepare = Journal(run, f"prepare-{label}")
     found = [StageState(f"prepare-{label}", len(prepare.done()), count, 0, len(prepare.damaged()))]
+    if record["method"] == "representer":
+        head = Journal(run, f"head-{label}")
+        found.insert(0, StageState(f"head-{label}", len(head.done()), 1, 0, len(head.damaged())))
     if not record["stored"]:
         found.append(_sharded(run, f"compute-{label}", home, record["corpus"], rows, count))
     found.append(_sharded(run, f"score-{label}", home, record["corpus"], rows, 1))

@@ -131,7 +131,7 @@ def representer_stages(job: Job, corpus: Corpus, say: Callable[[str], None]) -> 
         "features": "head", "token_budget": forward_spec(job).token_budget, "shard_rows": rows,
     }  # fmt: skip
     folder = digest(made)[:6]
-    declare_stage(job.run, f"features-{TRAIN}-{folder}", made)
+    declare_stage(job.run, f"features-{TRAIN}-{folder}", made | {"home": spec.home})
     units = checkpoint_units(spec.checkpoints, [piece | {"home": spec.home} for piece in pieces], TRAIN)
     settings = {"model": job.model, "token_budget": made["token_budget"], "features": "head", "folder": folder}
     job.stage(f"features-{TRAIN}-{folder}", "features", settings, units)

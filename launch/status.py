@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.overview import RunWatch, StageState, altered_records, drivers, health, stages
+from actors.overview import RunWatch, StageState, altered_records, drivers, feature_set, health, stages
 from storage.locations import Location
 from storage.run_format import check_format
 from storage.verify import Damage, verify
@@ -60,7 +60,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     table = Table("stage", "units", "rows", "bad rows", "last unit", box=None, pad_edge=False)
     for stage in (StageState(**one) for one in report["stages"]):
         units = f"{stage.done:,} of {stage.units:,}" + (f", {stage.damaged:,} damaged" if stage.damaged else "")
-        table.add_row(stage.stage, units, f"{stage.rows:,}", f"{stage.bad or 0:,}", ago(stage.age))
+        table.add_row(plain_name(stage.stage), units, f"{stage.rows:,}", f"{stage.bad or 0:,}", ago(stage.age))
     console.print(table)
     for kind, count in report["health"]["events"].items():
         console.print(f"{count:,} {kind}")
@@ -73,6 +73,11 @@ def show(report: dict[str, Any], console: Console) -> None:
             console.print(f"… and {len(verified['damages']) - SHOWN:,} more: --json lists all")
     if not report["healthy"]:
         console.print("run the same launch/score.py command again: units named above are made anew", soft_wrap=True)
+
+
+def plain_name(stage: str) -> str:
+    """Return a stage's name without the hash that tells features of one set apart."""
+    return f"features-{feature_set(stage)}" if stage.startswith("features-") else stage
 
 
 def driver_line(driver: dict[str, Any]) -> str:

@@ -72,4 +72,4 @@ def show_answer(page: Page, text: str, found: dict[str, Any]) -> None:
         with box("div", "about"):
             verdict({"label": found.get("label"), "predicted": found.get("prediction")})
     rows = [row | {"side": side} for side in ("proponent", "opponent") for row in found[f"{side}s"]]
-    sides(Shown(page.state, "example", None, text), rows)
+    sides(Shown(page.state, "example", None, text, page.known["score_unit"]), rows)

@@ -49,7 +49,8 @@ async def show_query(page: Page) -> None:
     with box("div", "filters"):
         choose_count(state, k, most)
         narrow(state, names)
-    sides(Shown(state, "example", page.corpus if holds_image(record) else None, text_of(record)), rows)
+    images = page.corpus if holds_image(record) else None
+    sides(Shown(state, "example", images, text_of(record), page.known["score_unit"]), rows)
     with box("nav", "turn", aria_label="Neighbouring queries"):
         for step, title in ((-1, "← previous query"), (1, "next query →")):
             with box("span"):
@@ -71,7 +72,8 @@ async def show_example(page: Page) -> None:
     subject(page, record, page.corpus, example)
     with box("div", "filters"):
         choose_count(state, k, MOST)
-    sides(Shown(state, "query", page.query_set if holds_image(record) else None, text_of(record)), rows)
+    images = page.query_set if holds_image(record) else None
+    sides(Shown(state, "query", images, text_of(record), page.known["score_unit"]), rows)
 
 
 def subject(page: Page, record: dict[str, Any], which: str, row: int) -> None:

@@ -15,6 +15,10 @@ SIDES = {
     "proponent": ("Proponents", "training on them lowered the loss"),
     "opponent": ("Opponents", "training on them raised it"),
 }
+OF_LOGITS = {
+    "proponent": ("Proponents", "they raise the logit of the query's class"),
+    "opponent": ("Opponents", "they lower it"),
+}
 
 
 def box(tag: str, classes: str = "", **props: object) -> ui.element:
@@ -105,13 +109,14 @@ class Shown:
     view: str  # query or example
     images: str | None  # the set that the images belong to; None for rows without
     own: str  # the text whose words are marked
+    unit: str  # of the scores
 
 
 def sides(shown: Shown, rows: Sequence[Mapping[str, Any]]) -> None:
     """Show two columns of rows with side, score, label and snippet: what helps at the left, what hurts at the right."""
     strongest = max((abs(row["score"]) for row in rows), default=0.0) or 1.0
     with box("div", "sides"):
-        for side, (title, note) in SIDES.items():
+        for side, (title, note) in (OF_LOGITS if shown.unit == "logit" else SIDES).items():
             here = [row for row in rows if row["side"] == side]
             with box("section", "side", aria_label=title):
                 heading(title, note)

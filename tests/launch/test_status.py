@@ -37,6 +37,22 @@ def test_a_finished_run(settings: Settings, capsys: pytest.CaptureFixture[str]) 
     assert "objects read" in out
 
 
+def test_features_and_a_retrained_last_layer_are_stages_too(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_job(settings(method={"name": "representer", "penalty": 0.01}))
+    report = json.loads(told(run, capsys)[1])
+    rows = {stage["stage"]: (stage["done"], stage["units"], stage["rows"]) for stage in report["stages"]}
+    [features] = [name for name in rows if name.startswith("features-train-")]
+    assert rows[features] == (3, 3, 45)
+    assert rows["head-scores"] == (1, 1, 0)
+    assert report["state"] == "finished"
+    shown = [line.split()[0] for line in told(run, capsys, as_json=False)[1].splitlines()]
+    assert shown.index("features-train") < shown.index("head-scores") < shown.index("score-scores")
+    run.location.delete(next(key for key in run.location.list(f"journal/{features}") if "/done." in key))
+    assert json.loads(told(run, capsys)[1])["state"] == "stalled"
+
+
 def test_a_damaged_one_is_said_until_it_is_mended(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_job(settings())
     run.location.delete("gradients/train/checkpoint-20/000000.0/losses/c/1")
