@@ -135,7 +135,7 @@ def gate_line(gate: dict[str, Any]) -> str:
 
 def figure(value: float) -> str:
     """Return a number as tables show it: three decimals, fewer of large ones, whole numbers whole."""
-    if abs(value) >= 1000 or (abs(value) >= 2 and value == round(value)):
+    if abs(value) >= 1000 or (value == round(value) and abs(value) != 1):
         return f"{value:,.0f}"
     if 0 < abs(value) < 0.001:
         return f"{value:.1e}"

@@ -135,7 +135,7 @@ def test_readme_tables_are_written_between_the_markers(counting: Counting, tmp_p
 
 def test_figures_have_as_many_decimals_as_help() -> None:
     values = [0.0, 1.0, 3.0, 0.25, -12.3456, 123.456, 5262.0, 12345.6, 0.00012]
-    shown = ["0.000", "1.000", "3", "0.250", "-12.346", "123.5", "5,262", "12,346", "1.2e-04"]
+    shown = ["0", "1.000", "3", "0.250", "-12.346", "123.5", "5,262", "12,346", "1.2e-04"]
     assert [validate.figure(value) for value in values] == shown
 
 
