@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.counters import derive_key, normals
-from engine.curvature import Operator
+from engine.curvature import Operator, all_finite
 
 CURVATURE = {"cg": "gauss-newton", "lissa": "gauss-newton", "squared-cg": "hessian", "sketch": "hessian"}  # defaults
 
@@ -253,7 +253,7 @@ def right_hand_side(operator: Operator, b: Tensor, damping: float) -> Tensor:
 def applied(operator: Operator, block: Tensor, ids: Tensor | None = None) -> Tensor:
     """Return curvature × block. Raises FloatingPointError if it is not finite."""
     product = operator.apply(block.contiguous(), ids).contiguous()
-    if not torch.isfinite(product).all():
+    if not all_finite(product):
         raise FloatingPointError(
             f"a curvature product is not finite, of a block with largest entry "
             f"{float(block.abs().max()):.3g}: use a wider curvature dtype, or look for examples with an infinite loss."

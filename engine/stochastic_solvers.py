@@ -64,11 +64,14 @@ def lissa_repetition(
     check_scale(settings, largest)
     state = state or LissaState(0, b)
     batches = lissa_batches(ids, settings, repetition)
-    decay, s = 1 - settings.damping / settings.scale, settings.scale
+    decay, s, length = 1 - settings.damping / settings.scale, settings.scale, b.norm(dim=0)
     while state.iteration < settings.iterations:
         j = state.iteration + 1
-        x = b + decay * state.x - applied(operator, state.x, batches[state.iteration]) / s
-        refuse_growth("LiSSA", x.norm(dim=0), (j + 1) * b.norm(dim=0), j, f"scale {s:.3g}", f"scale={2 * s:.3g}")
+        product = applied(operator, state.x, batches[state.iteration])
+        x = b.add(state.x, alpha=decay).sub_(
+            product, alpha=1 / s
+        )  # two passes over p numbers: most of the time at B = 1
+        refuse_growth("LiSSA", x.norm(dim=0), (j + 1) * length, j, f"scale {s:.3g}", f"scale={2 * s:.3g}")
         state = LissaState(j, x)
         yield state
     return state.x / s

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine import curvature
 from engine.batches import Batch
 from engine.coordinates import Coordinates, chosen_coordinates, top_layers
-from engine.curvature import Curvature, Examples, LocalOperator, directional_derivatives, tree_sum
+from engine.curvature import Curvature, Examples, LocalOperator, all_finite, directional_derivatives, tree_sum
 from engine.gradients import PerExampleGradients
 from engine.parameters import select_parameters
 from engine.projectors import Dense
@@ -324,3 +324,11 @@ def test_the_cut_at_the_models_output_serves_the_built_in_tasks(tokenizer_folder
             operator(model, each, batch, chosen, "gauss-newton", blocks=1).apply(v) for each in (task.loss, loss)
         )
         assert oracles.relative_error(found, truth) < 1e-10
+
+
+def test_all_finite_is_asked_of_every_entry_only_where_the_sum_is_not() -> None:
+    largest = torch.finfo(torch.float32).max
+    assert all_finite(torch.tensor([largest, largest]))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert not all_finite(torch.tensor([1.0, bad]))
+    assert not all_finite(torch.tensor([torch.inf, -torch.inf]))
