@@ -103,7 +103,10 @@ class TrainSection(Section):
         None, description="model folder to start from; none for a torch module made by its factory"
     )
     epochs: int = Field(3, ge=1, description="passes over the corpus")
-    batch_size: int = Field(32, ge=1, description="examples a step")
+    batch_size: int = Field(32, ge=1, description="examples a step, whatever the number of workers")
+    workers: int = Field(
+        1, ge=1, description="processes that train one model, each its share of every batch; above 1 through Ray Train"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="η at the first step")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw or sgd, without momentum")
     schedule: Literal["constant", "linear"] = Field("constant", description="constant, or linear to 0")

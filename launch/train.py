@@ -4,13 +4,15 @@
 
 Each checkpoint is a folder `checkpoint-<step>` with weights and a trainer_state.json whose log holds the learning rate,
 the form in which the Hugging Face Trainer leaves them. A training that was stopped goes on from its last checkpoint to the
-same bits: run the same command again.
+same bits: run the same command again. With train.workers above 1 so many Ray Train workers share every batch, on the cluster
+that the section `cluster` names or on this machine; the model is the one that a single process trains, to rounding.
 """
 
 from launch.command import find_modules_here, run_command  # isort: split
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,15 +23,18 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
+from actors.cluster import connect, nodes, resources, worker_plan
 from actors.context import cache_folder, make_task
 from actors.specs import ModelSpec, first_difference
+from actors.training import train_together
 from engine.limits import InputLimits, read_limits
 from engine.models import save_checkpoint
 from engine.tasks.contract import Task, encode, initialise
-from engine.training import Step, TrainState, train
+from engine.training import ALONE, Group, Step, TrainState, train
 from engine.turnover import TurnOver, under_own_masks
 from launch.config import Config, CorpusSection, load_config
 from launch.messages import plain_errors, tell
+from launch.paths import refuse_unseen_folder
 from launch.sources import content
 from launch.turnover import REPORT, Masked, add_masks, batches, what_trains, write_whole
 from storage.checkpoints import STATE
@@ -54,12 +59,27 @@ def train_model(config: Config, say: Callable[[str], None] = tell) -> Path:
     if not left:
         raise ValueError(f"{output} already holds checkpoints: remove it, or set train.output to another folder")
     for number, folder in left:
-        train_once(config, folder, number, say)
+        once = train_once if config.train.workers == 1 else train_on_workers
+        once(config, folder, number, say)
     return output
 
 
-def train_once(config: Config, output: Path, number: int, say: Callable[[str], None]) -> None:
-    """Train one model from its beginning or from its last checkpoint; `number`: under which of the mask seeds."""
+def train_on_workers(config: Config, output: Path, number: int, say: Callable[[str], None]) -> None:
+    """Let the workers of Ray Train train one model. ValueError if not all nodes see the folder of the checkpoints."""
+    if config.cluster.backend == "in-process":
+        raise ValueError(f"train.workers={config.train.workers} needs Ray: leave out cluster.backend=in-process.")
+    if connect(config.cluster.address or "auto") and len(nodes()) > 1:
+        refuse_unseen_folder(Location.parse(str(output)), "train.output")
+    plan = worker_plan(config.train.workers, config.cluster.device, resources())
+    train_together(partial(train_once, config, output, number), plan, output, say)
+
+
+def train_once(config: Config, output: Path, number: int, say: Callable[[str], None], group: Group = ALONE) -> None:
+    """Train one model from its beginning or from its last checkpoint; `number`: under which of the mask seeds.
+
+    In a group the first process alone writes and speaks.
+    """
+    first = group.rank == 0
     torch.manual_seed(config.train.seed)
     base = Location.parse(config.train.base).fetch(cache_folder()) if config.train.base else None
     spec = ModelSpec(config.task.name, config.task.settings, (), "float32", config.gradients.attention)
@@ -73,17 +93,17 @@ def train_once(config: Config, output: Path, number: int, say: Callable[[str], N
         settings = what_trains(model, config.train.turnover, settings, "trainable" in config.train.model_fields_set)
     loss = under_own_masks(masked.turnover, task.loss) if masked else task.loss
     per_epoch = -(-len(rows) // settings.batch_size)
-    state, log = resumed(output, task, model, say)
-    if masked and not state:
+    state, log = resumed(output, task, model, say if first else lambda _: None)
+    if masked and first and not state:
         masked.look(settings)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=group.size > 1) as progress:
         bar = progress.add_task("training", total=settings.epochs * per_epoch, completed=len(log))
-        for step in train(model, loss, task.collate, rows, settings, state):
+        for step in train(model, loss, task.collate, rows, settings, state, group):
             log.append({"step": step.step, "epoch": step.epoch, "learning_rate": step.learning_rate, "loss": step.loss})
             progress.advance(bar)
-            if masked and step.step % per_epoch == 0:
+            if masked and first and step.step % per_epoch == 0:
                 masked.curves({"step": step.step, "epoch": step.epoch})
-            if step.checkpoint:
+            if step.checkpoint and first:
                 folder = output / f"checkpoint-{step.step}"
                 save(model, task, folder, masked.turnover if masked else None, step)
                 finish(folder, log, step, settings.epochs * per_epoch, identity(config))

@@ -56,10 +56,10 @@ def test_sum_for_mean_and_a_frozen_rate_are_caught(caught):
         found, truth = run(settings)[0].state_dict(), by_hand(settings).state_dict()
         assert all(torch.allclose(found[name], truth[name], rtol=1e-10, atol=1e-12) for name in truth)
 
-    step = training._step
+    right = training._backward
     caught(
-        compare, training, "_step",
-        lambda model, loss, batch, *rest: step(model, lambda m, b: len(b) * loss(m, b), batch, *rest),
+        compare, training, "_backward",
+        lambda model, loss, batch, *rest: right(model, lambda m, b: len(b) * loss(m, b), batch, *rest),
     )  # fmt: skip
     caught(compare, training, "_SCHEDULES", {"linear": lambda _: 1.0})
 

@@ -79,6 +79,12 @@ def test_a_place_that_cannot_hold_checkpoints_is_refused(training: dict[str, Any
         train_model(make_config(training | {"checkpoints": {"path": given}}), quiet)
 
 
+def test_several_workers_need_ray(training: dict[str, Any]) -> None:
+    several = training | {"train": training["train"] | {"workers": 2}, "cluster": {"backend": "in-process"}}
+    with pytest.raises(ValueError, match="train.workers=2 needs Ray: leave out cluster.backend=in-process"):
+        train_model(make_config(several), quiet)
+
+
 def test_a_rate_that_is_too_high_stops_naming_step_and_examples(training: dict[str, Any]) -> None:
     steep = training["train"] | {"learning_rate": 1e30, "optimizer": "sgd"}
     with pytest.raises(FloatingPointError, match=r"training loss is not finite at step \d for examples \[\d"):
