@@ -154,6 +154,14 @@ def test_augmentation_learns_from_the_pool(asked: Make, tmp_path: Path) -> None:
     assert not Path(data["run"]).exists()
 
 
+def test_steps_are_taken_on_a_gpu_unless_the_config_says_cpu(asked: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        for device, taken in (("auto", "cuda"), ("cuda", "cuda"), ("cpu", "cpu")):
+            config = make_config(asked() | {"cluster": {"device": device}})
+            assert command.own_device(config).type == (taken if there else "cpu")
+
+
 @pytest.mark.parametrize(
     ("given", "method", "said"),
     [
