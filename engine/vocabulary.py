@@ -49,8 +49,9 @@ def token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) ->
     """
     gradients, head = _TAKING.get(), _plain_head(model)
     if gradients is None or head is None or not gradients.fuses(head, lambda: _makes_the_logits(model, head, inputs)):
-        logits = wide(model(**inputs).logits)
-        return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+        counted = labels != IGNORED
+        each = F.cross_entropy(wide(model(**inputs).logits[counted]), labels[counted], reduction="none")
+        return each.new_zeros(labels.shape).masked_scatter(counted, each)
     hidden = model.base_model(**inputs)[0]  # type: ignore[operator]
     if not hidden.requires_grad and gradients.takes(head):
         hidden = hidden.detach().requires_grad_()  # nothing below the head is looked at
