@@ -22,7 +22,7 @@ demo: $(STAMP)            ## the main job on real data, into runs/demo
 	$(BIN)/python launch/demo.py
 
 test: $(STAMP)            ## every test that needs no cluster and no browser
-	$(BIN)/python -m pytest -m "not cluster and not e2e" --durations=10
+	$(BIN)/python -m pytest -m "not cluster and not e2e" -n auto --maxprocesses=4 --dist worksteal --durations=10
 
 test-cluster: $(STAMP)    ## tests that start their own Ray head, job server or S3 server
 	$(BIN)/python -m pytest -m "cluster and not e2e" --durations=10
