@@ -54,6 +54,7 @@ def test_scores_in_the_making_are_shown_and_their_growth_offered(browser: Browse
         visitor = Visitor(browser, url)
         page = visitor.go("query?run=half&scores=scores&id=1&k=50")
         expect(page.locator(".growth")).to_contain_text("20% of the training examples")
+        expect(page.locator(".hit").first).to_be_visible()
         before = page.locator(".hit").count()
         expect(page.get_by_role("link", name="Show the newer answer")).to_be_hidden()
         shoot(page, "half")
