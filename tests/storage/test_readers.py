@@ -134,7 +134,11 @@ def test_dataset_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("a.jsonl", b'{"a": 1}\n[1]\n', r"a.jsonl line 2 must be a JSON object like .*, is '\[1\]'"),
         ("a.jsonl", b"{" + b"x" * 200, r"line 1 is not JSON \(.*\): '{x{59}…'"),
         ("a.jsonl", b'{"a": 1}\n\n"\xff"\n', "line 3 is not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(LINES * 50, mtime=0)[:-20], r"a.jsonl.gz is damaged after line \d+: .*Copy it again"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINES * 50, mtime=0)[:-20],
+            r"a.jsonl.gz is damaged after line \d+: .*Copy it again",
+        ),
         ("a.jsonl.gz", LINES, "a.jsonl.gz is damaged after line 0"),
         ("a.csv", b"a,b\n", r"a.csv is not of a known type. Allowed are .jsonl, .jsonl.gz, .*save_to_disk"),
         ("a.parquet", b"PAR1 no", "a.parquet is not readable as Parquet"),
