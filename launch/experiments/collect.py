@@ -153,6 +153,14 @@ def measure(config: dict[str, Any], cell: str) -> dict[str, Any]:
     }
 
 
+def median(
+    name: str, values: np.ndarray, asked: float | None = None, at_least: bool = True, paper: float | None = None
+) -> Gate:
+    """Return the median over the rounds of a timing, with its interval."""
+    interval = bootstrap_interval(values, statistic=np.median)
+    return Gate(name, float(np.median(values)), interval, asked, at_least, paper, timed=True)
+
+
 def run_round(passes: dict[str, Callable[[], float]], number: int) -> dict[str, float]:
     """Time every pass once, each round beginning with another one: a drift of the machine hits all alike."""
     labels = list(passes)

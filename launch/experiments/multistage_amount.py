@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from engine.multistage import early_stopping
 from launch.experiments.multistage_digits import accuracy
-from launch.experiments.multistage_plots import histogram, mean_ratio, save
+from launch.experiments.multistage_plots import histogram, mean_ratio
 from launch.experiments.multistage_stages import updated_case, updated_parts
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 
 PAPER = {"D": 0.15}  # on CIFAR-10; C's is lost

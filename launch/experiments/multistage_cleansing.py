@@ -30,8 +30,8 @@ from launch.experiments.multistage_digits import (
     scaling_of,
     settle,
 )
-from launch.experiments.multistage_plots import save
 from launch.experiments.multistage_stages import started
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 
 ARMS = ("none", "random", "cleansed")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from launch.experiments.multistage_digits import accuracy, rows_of
-from launch.experiments.multistage_plots import correlation, save, scatter, sides, two_figures
+from launch.experiments.multistage_plots import correlation, scatter, sides, two_figures
 from launch.experiments.multistage_stages import (
     Case,
     case_of,
@@ -25,6 +25,7 @@ from launch.experiments.multistage_stages import (
     pieces,
     without,
 )
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import ROOT
 

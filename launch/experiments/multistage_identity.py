@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from launch.experiments.multistage_fixed import run_cell, truth_of
-from launch.experiments.multistage_plots import correlation, drop, save, scatter, two_figures
+from launch.experiments.multistage_plots import correlation, drop, scatter, two_figures
 from launch.experiments.multistage_stages import found_before, pieces
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 
 PAPER, PAPER_DROP = 0.17, 0.43

@@ -22,7 +22,7 @@ from actors.score import load_scores
 from actors.specs import digest
 from engine.metrics import bootstrap_interval
 from launch.config import make_config
-from launch.experiments.multistage_plots import save
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import ROOT, token_states
 from launch.job import score

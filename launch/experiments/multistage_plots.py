@@ -2,7 +2,6 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy import stats
 
 from launch.experiments.registry import Gate
@@ -49,11 +48,6 @@ def two_figures(predicted: np.ndarray, truth: np.ndarray) -> list[Gate]:
         correlation("pearson, random images", predicted[random], truth[random]),
         Gate("slope, random images", slope),
     ]
-
-
-def save(figure: Figure, folder: str, name: str) -> None:
-    for kind in ("png", "svg"):
-        figure.savefig(f"{folder}/{name}.{kind}", dpi=90)
 
 
 def scatter(axes: Axes, predicted: np.ndarray, truth: np.ndarray, title: str) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from launch.experiments.multistage_digits import accuracy
-from launch.experiments.multistage_plots import histogram, mean_ratio, save
+from launch.experiments.multistage_plots import histogram, mean_ratio
 from launch.experiments.multistage_stages import fixed_case, fixed_parts
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 
 PAPER = 2.2

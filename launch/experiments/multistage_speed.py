@@ -32,13 +32,12 @@ from engine.counters import derive_key, normals
 from engine.curvature import directional_derivatives
 from engine.gradients import PerExampleGradients
 from engine.methods.contract import QueryState
-from engine.metrics import bootstrap_interval
 from engine.models import ready_for_scoring
 from engine.parameters import Parameter, select_parameters
 from engine.projection import Projection
 from engine.projectors import Dense
 from engine.tasks.contract import Task, encode, load_task, with_model_folder
-from launch.experiments.collect import ROOT, in_process, run_round, timed
+from launch.experiments.collect import ROOT, in_process, median, run_round, timed
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.two_actors import Work as Units
 from launch.experiments.two_actors import scaling_gates, seconds
@@ -201,18 +200,20 @@ def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]
     each = {name: np.array(values) / result["examples"][name] for name, values in result["seconds"].items()}
     short, long = (done[cell]["bytes"] for cell in MEMORY)
     return [
-        timing("both parts, as a multiple of forward and full backward", each["both parts"] / each["plain"], 1.5),
-        timing(f"per example, {TIMES} times as many", each["both parts, long"] / each["both parts"], 1.1),
+        median(
+            "both parts, as a multiple of forward and full backward",
+            each["both parts"] / each["plain"],
+            1.5,
+            at_least=False,
+        ),
+        median(
+            f"per example, {TIMES} times as many", each["both parts, long"] / each["both parts"], 1.1, at_least=False
+        ),
         Gate(f"peak memory, {TIMES} times as many", long / short, threshold=1.1, at_least=False),
-        timing("along the sum alone, as a multiple", each["along the sum"] / each["plain"]),
-        timing("seconds per example, both parts", each["both parts"]),
+        median("along the sum alone, as a multiple", each["along the sum"] / each["plain"]),
+        median("seconds per example, both parts", each["both parts"]),
         *scaling_gates("scoring", done[ACTORS]["seconds"]),
     ]
-
-
-def timing(name: str, values: np.ndarray, threshold: float | None = None) -> Gate:
-    interval = bootstrap_interval(values, statistic=np.median)
-    return Gate(name, float(np.median(values)), interval, threshold, at_least=False, timed=True)
 
 
 EXPERIMENT = Experiment(

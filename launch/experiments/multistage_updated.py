@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.multistage import early_stopping, proximal, updated
 from launch.experiments.multistage_digits import Objective, accuracy
-from launch.experiments.multistage_plots import correlation, save, scatter, two_figures
+from launch.experiments.multistage_plots import correlation, scatter, two_figures
 from launch.experiments.multistage_stages import (
     Case,
     case_of,
@@ -28,6 +28,7 @@ from launch.experiments.multistage_stages import (
     updated_parts,
     without,
 )
+from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
 
 PAPER = 0.40

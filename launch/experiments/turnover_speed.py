@@ -32,7 +32,6 @@ from engine.curvature import Curvature, Examples, LocalOperator, directional_der
 from engine.gradients import PerExampleGradients
 from engine.masks import MaskSettings
 from engine.memory import CPU_TOKENS
-from engine.metrics import bootstrap_interval
 from engine.parameters import select_parameters
 from engine.projectors import Dense
 from engine.solvers import finish, largest_eigenvalue, relative
@@ -41,7 +40,7 @@ from engine.tasks.contract import Task, encode, initialise
 from engine.training import TrainSettings, train
 from engine.turnover import TurnOver, under_own_masks
 from engine.turnover_scores import Estimator, repeated
-from launch.experiments.collect import base_folder, in_process, run_round, timed
+from launch.experiments.collect import base_folder, in_process, median, run_round, timed
 from launch.experiments.kept import kept
 from launch.experiments.registry import Experiment, Gate
 from launch.experiments.subjects import mlp, read_records
@@ -277,7 +276,7 @@ def ratios(name: str, layers: str, seconds: dict[str, np.ndarray]) -> list[Gate]
     paper = (seconds["paper's solve"] + seconds["paper's gradients"]) / own
     shared = SHARED if layers == "top" else None
     return [
-        median(f"{name}: influence / turn-over dropout", influence / own, ASKED[layers], PAPER),
+        median(f"{name}: influence / turn-over dropout", influence / own, ASKED[layers], paper=PAPER),
         median(f"{name}: the paper's arm / turn-over dropout", paper, paper=PAPER),
         median(f"{name}: two full forwards / shared prefix", seconds["two forwards"] / own, shared),
     ]
@@ -292,11 +291,6 @@ def overtakes(name: str, many: int, seconds: dict[str, np.ndarray]) -> Gate:
     each = (block - one) / (many - 1)
     queries = (one - each) / (own - each) if own > each else 0.0
     return Gate(f"{name}: queries from which influence takes less (0: never)", queries)
-
-
-def median(name: str, values: np.ndarray, asked: float | None = None, paper: float | None = None) -> Gate:
-    interval = bootstrap_interval(values, statistic=np.median)
-    return Gate(name, float(np.median(values)), interval, asked, paper=paper, timed=True)
 
 
 EXPERIMENT = Experiment(

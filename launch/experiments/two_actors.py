@@ -21,8 +21,7 @@ from actors.ray_pool import RayPool
 from actors.run_stage import run_stage
 from actors.units import Stage, Unit
 from actors.worker import MakeWorker, Worker
-from engine.metrics import bootstrap_interval
-from launch.experiments.collect import run_round, timed, worker_process
+from launch.experiments.collect import median, run_round, timed, worker_process
 from launch.experiments.registry import Gate
 from storage.locations import Location
 
@@ -127,7 +126,3 @@ def speed_up(result: dict[str, list[float]], of: str) -> np.ndarray:
     """Return every round's seconds of one divided by those of two."""
     one, two = (np.array(result[name]) for name in ONE_AND_TWO[of])
     return one / two
-
-
-def median(name: str, values: np.ndarray, asked: float | None = None) -> Gate:
-    return Gate(name, float(np.median(values)), bootstrap_interval(values, statistic=np.median), asked, timed=True)
