@@ -65,6 +65,7 @@ class PerExampleGradients:
         ]
         self._uses = {modules[name]: here for name, here in uses.items()}
         self._fusing: bool | None = None  # whether a vocabulary head is fused; looked at in the first pass over one
+        self._narrowing: bool | None = None  # whether such a head is given the counted tokens alone
         self._batch_size = 0
         self._calls: dict[int, int] = {}
         self._pending: dict[int, list[_Call]] = {}
@@ -261,6 +262,12 @@ class PerExampleGradients:
             alone = not self.norms or all(len(self.parameters[index].uses) == 1 for index, _ in uses)
             self._fusing = kept and alone and same()
         return self._fusing
+
+    def narrows(self, same: Callable[[], bool]) -> bool:
+        """Tell whether the head may be given the counted tokens alone."""
+        if self._narrowing is None:
+            self._narrowing = same()
+        return self._narrowing
 
     def takes(self, head: nn.Linear) -> bool:
         """Tell whether the head is one of the modules looked at."""

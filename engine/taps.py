@@ -65,11 +65,15 @@ def tokens_with_gradient(delta: Tensor) -> Tensor | None:
     """
     if delta.is_cuda or delta.shape[1] < 2 or delta[:, -1, 0].any():
         return None
-    found = delta.any(2)
-    most = max(1, int(found.sum(1).max()))
-    if 2 * most > delta.shape[1]:
+    return first_tokens(delta.any(2))
+
+
+def first_tokens(wanted: Tensor) -> Tensor | None:
+    """Return [B, T'] positions, those wanted [B, T] in front and in order, T' the most of an example; None if T' > T / 2."""
+    most = max(1, int(wanted.sum(1).max()))
+    if 2 * most > wanted.shape[1]:
         return None
-    return found.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return wanted.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 def at_tokens(values: Tensor, tokens: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 [tokens, vocabulary] is by far the largest tensor of a language model's pass. While per-example gradients are taken, the
 loss, the gradient that goes on to the hidden states, and what is wanted of the head's own gradient are computed from some
-examples' logits at a time, which stay in the cache. Everywhere else, and for heads that do more than one Linear, the
-model's own logits are used.
+examples' logits at a time, which stay in the cache. Where that head is more than one Linear, or its gradient is wanted
+whole, its Linear is given the counted tokens alone: a seventh of a masked language model's. Everywhere else the model's own
+logits are used.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.taps import at_tokens, first_tokens
 from engine.tasks.text import IGNORED, wide
 
 _LOGITS = 1 << 22  # numbers of logits held at a time
@@ -24,6 +26,7 @@ class HeadGradients(Protocol):
     """Who takes per-example gradients in this pass, and so what is wanted of the head's."""
 
     def fuses(self, head: nn.Linear, same: Callable[[], bool]) -> bool: ...  # same(): the head makes the model's logits
+    def narrows(self, same: Callable[[], bool]) -> bool: ...  # same(): a token's logits come from the head's for it alone
     def takes(self, head: nn.Linear) -> bool: ...  # whether the head itself is looked at
     def reduce_head(self, head: nn.Linear, delta: Tensor) -> tuple[Tensor, Tensor] | None: ...  # projected, gram
     def add_head(self, head: nn.Linear, hidden: Tensor, reduced: tuple[Tensor, Tensor]) -> None: ...
@@ -48,14 +51,43 @@ def token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) ->
     float32, or float64 of a model in float64.
     """
     gradients, head = _TAKING.get(), _plain_head(model)
-    if gradients is None or head is None or not gradients.fuses(head, lambda: _makes_the_logits(model, head, inputs)):
-        counted = labels != IGNORED
-        each = F.cross_entropy(wide(model(**inputs).logits[counted]), labels[counted], reduction="none")
-        return each.new_zeros(labels.shape).masked_scatter(counted, each)
+    if gradients is None or head is None:
+        return _losses(model(**inputs).logits, labels)
+    if not gradients.fuses(head, lambda: _makes_the_logits(model, head, inputs)):
+        places = first_tokens(labels != IGNORED)
+        if places is None or not gradients.narrows(lambda: _token_by_token(model, head, inputs, places)):
+            return _losses(model(**inputs).logits, labels)
+        each = _losses(_logits_at(model, head, inputs, places), labels.gather(1, places))
+        return each.new_zeros(labels.shape).scatter(1, places, each)
     hidden = model.base_model(**inputs)[0]  # type: ignore[operator]
     if not hidden.requires_grad and gradients.takes(head):
         hidden = hidden.detach().requires_grad_()  # nothing below the head is looked at
     return _FusedHead.apply(hidden, head, labels, gradients)
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    counted = labels != IGNORED
+    each = F.cross_entropy(wide(logits[counted]), labels[counted], reduction="none")
+    return each.new_zeros(labels.shape).masked_scatter(counted, each)
+
+
+def _logits_at(model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor], places: Tensor) -> Tensor:
+    """Return the model's logits [B, K, V] at tokens [B, K]; its head sees no other."""
+    handle = head.register_forward_pre_hook(lambda _, args: (at_tokens(args[0], places), *args[1:]) if args else None)
+    try:
+        return model(**inputs).logits
+    finally:
+        handle.remove()
+
+
+def _token_by_token(model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor], places: Tensor) -> bool:
+    """Tell whether the model makes the same logits of some tokens if its head sees these alone."""
+    first, places = {name: tensor[:1] for name, tensor in inputs.items()}, places[:1]
+    with torch.no_grad():
+        own = model(**first).logits
+        if own.shape[:2] != first["input_ids"].shape:
+            return False
+        return _alike(at_tokens(own, places), _logits_at(model, head, first, places))
 
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:
@@ -72,12 +104,14 @@ def _makes_the_logits(model: nn.Module, head: nn.Linear, inputs: dict[str, Tenso
         if hidden.shape[-1] != head.in_features:
             return False
         own, direct = model(**first).logits, head(hidden)
-    if own.shape != direct.shape:
+    return _alike(own, direct)
+
+
+def _alike(logits: Tensor, others: Tensor) -> bool:
+    if logits.shape != others.shape:
         return False
-    tolerance = (
-        64 * torch.finfo(own.dtype).eps * float(direct.abs().max())
-    )  # the same products, in another order at most
-    return bool(((own - direct).abs() <= tolerance).all())
+    tolerance = 64 * torch.finfo(logits.dtype).eps * float(others.abs().max())  # the same products, in another order
+    return bool(((logits - others).abs() <= tolerance).all())
 
 
 class _FusedHead(torch.autograd.Function):

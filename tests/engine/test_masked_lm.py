@@ -1,17 +1,21 @@
 """Masked language models: which tokens are hidden, what the loss counts, and gradients of a tied decoder."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertForMaskedLM
 
-from engine import gradients
+from engine import gradients, vocabulary
 from engine.gradients import PerExampleGradients
 from engine.parameters import select_parameters
 from engine.projectors import Whole
+from engine.taps import at_tokens, first_tokens
 from engine.tasks.contract import load_task, with_model_folder
 from engine.tasks.masked_lm import MaskedLM
+from engine.tasks.text import IGNORED
 from tests import oracles
 from tests.conftest import Caught
 from tests.masked_models import MASK, tiny_masked_bert, write_mask_tokenizer
@@ -158,6 +162,50 @@ def test_per_example_gradients_equal_autograd_with_a_tied_decoder(folder: Path, 
         return factors(index, use, module, held, delta * (use.role != "embedding-transposed"))
 
     caught(compare, gradients, "_matrix_factors", without_the_embedding)
+
+
+def test_the_decoder_sees_counted_tokens_alone_while_gradients_are_taken(folder: Path, caught: Caught) -> None:
+    """Rows and exact norms are autograd's all the same."""
+    task, model = MaskedLM(str(folder), mask_share=0.3), tiny_masked_bert().double()
+    parameters, batch = select_parameters(model, ["*"]), task.collate(rows_of(task))
+    exact = oracles.gradients(model, task.loss, batch)
+    seen: list[int] = []
+
+    def compare() -> None:
+        with PerExampleGradients(model, parameters, Whole(parameters), norms=True) as hooks:
+            out = hooks(task.loss, batch)
+        for place, p in enumerate(parameters):
+            own = exact[p.name].transpose(1, 2) if p.uses[0].role == "embedding" else exact[p.name]
+            assert float((out.arrays[p.name] - own.flatten(1)).norm()) <= 1e-10 * max(1.0, float(own.norm()))
+            assert torch.allclose(out.norms[:, place], exact[p.name].flatten(1).norm(dim=1), atol=1e-12)
+
+    compare()
+    model.cls.predictions.decoder.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
+    compare()
+    assert 1 < seen[-1] == (batch["labels"] != IGNORED).sum(1).max() <= batch["labels"].shape[1] // 2
+    caught(compare, vocabulary, "at_tokens", lambda values, tokens: at_tokens(values, (tokens + 1) % values.shape[1]))
+    caught(compare, vocabulary, "first_tokens", lambda wanted: first_tokens(wanted)[:, :1])
+
+
+class Centred(BertForMaskedLM):
+    """Logits without their mean over the tokens."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits - out.logits.mean(1, keepdim=True)
+        return out
+
+
+def test_all_tokens_are_given_to_a_decoder_whose_logits_are_mixed_afterwards(folder: Path) -> None:
+    task, model = MaskedLM(str(folder)), tiny_masked_bert().double()
+    model.__class__ = Centred
+    parameters, batch = select_parameters(model, ["*"]), task.collate(rows_of(task, [TEXTS[2]] * 3))  # nothing padded
+    exact = oracles.gradients(model, task.loss, batch)
+    with PerExampleGradients(model, parameters, Whole(parameters)) as hooks:
+        out = hooks(task.loss, batch)
+    for p in parameters:
+        own = exact[p.name].transpose(1, 2) if p.uses[0].role == "embedding" else exact[p.name]
+        assert float((out.arrays[p.name] - own.flatten(1)).norm()) <= 1e-10 * max(1.0, float(own.norm()))
 
 
 def test_long_documents_are_chunked_and_every_token_is_in_one_chunk(folder: Path) -> None:
