@@ -26,7 +26,9 @@ class HeadGradients(Protocol):
     """Who takes per-example gradients in this pass, and so what is wanted of the head's."""
 
     def fuses(self, head: nn.Linear, same: Callable[[], bool]) -> bool: ...  # same(): the head makes the model's logits
-    def narrows(self, same: Callable[[], bool]) -> bool: ...  # same(): a token's logits come from the head's for it alone
+    def narrows(
+        self, same: Callable[[], bool]
+    ) -> bool: ...  # same(): a token's logits come from the head's for it alone
     def takes(self, head: nn.Linear) -> bool: ...  # whether the head itself is looked at
     def reduce_head(self, head: nn.Linear, delta: Tensor) -> tuple[Tensor, Tensor] | None: ...  # projected, gram
     def add_head(self, head: nn.Linear, hidden: Tensor, reduced: tuple[Tensor, Tensor]) -> None: ...

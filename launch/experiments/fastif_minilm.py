@@ -213,13 +213,32 @@ def operator(subject: MiniLM, rows: Part) -> LocalOperator:
 
 def pooled(subject: MiniLM, part: Part) -> np.ndarray:
     """Return the features that neighbours are sought by, float32 [n, H]: what the head is given."""
-    out: dict[int, np.ndarray] = {}
+    return features(subject, part)["pooled"]
+
+
+def features(subject: MiniLM, part: Part) -> dict[str, np.ndarray]:
+    """Return name -> float32 [n, H]: the pooler's output, and what neighbours might be sought by instead."""
+    out: dict[str, dict[int, np.ndarray]] = {}
     with torch.inference_mode():
         for batch in part.batches():
             base: Any = subject.model.base_model
-            found = base(inputs_embeds=batch["x"], attention_mask=batch["mask"]).pooler_output
-            out |= dict(zip(batch.ids.tolist(), found.numpy(), strict=True))
-    return np.stack([out[i] for i in range(len(part.labels))])
+            found = base(inputs_embeds=batch["x"], attention_mask=batch["mask"])
+            last = found.last_hidden_state
+            named = {
+                "pooled": found.pooler_output,
+                "last hidden state of [CLS]": last[:, 0],
+                "last hidden states, mean": mean_of_tokens(last, batch["mask"]),
+                "frozen layers' output, mean": mean_of_tokens(batch["x"], batch["mask"]),
+            }
+            for name, rows in named.items():
+                out.setdefault(name, {}).update(zip(batch.ids.tolist(), rows.numpy(), strict=True))
+    return {name: np.stack([rows[i] for i in range(len(part.labels))]) for name, rows in out.items()}
+
+
+def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
+    """Return [B, H]: the mean of [B, T, H] over the tokens that are no padding."""
+    weights = mask.to(states.dtype).unsqueeze(-1)
+    return (states * weights).sum(1) / weights.sum(1)
 
 
 def is_right(subject: MiniLM, part: Part) -> Tensor:

@@ -2,7 +2,8 @@
 
 The truth is the exact influence of all training examples: none of it is estimated. Recall@m is the share of the m
 strongest that are among the k nearest, for the strongest of either sign (gates), the most helpful and the most harmful;
-k is the paper's share of the training set. On a convex head and on MiniLM's top two layers.
+k is the paper's share of the training set. On a convex head and on MiniLM's top two layers; there, beside the pooled
+output of the paper, neighbours are sought by other features too, which are reported alone.
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from launch.experiments.fastif_guard import guarded, pearson
 from launch.experiments.fastif_head import nearest, right_and_wrong
 from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
+from launch.experiments.subjects import Part
 
 SIDES = {"influential": torch.abs, "helpful": torch.positive, "harmful": torch.neg}
+FEATURES = "features"
 COLOURS = {"influential": "#222222", "helpful": "#0b6e4f", "harmful": "#c8553d"}
 
 
@@ -38,11 +41,13 @@ class Asked:
 
 
 def cells(config: dict[str, Any]) -> list[str]:
-    return list(config["queries"])
+    return [*config["queries"], FEATURES]
 
 
 def run_cell(config: dict[str, Any], cell: str) -> dict[str, Any]:
-    """Return every query's recall by side, m and k, with the guard's two figures."""
+    """Return every query's recall by side, m and k, with the guard's two figures; or by MiniLM's features, m and k."""
+    if cell == FEATURES:
+        return {"recall": by_features(config)}
     asked = ASK[cell](config)
     return {
         "right": asked.right,
@@ -75,18 +80,38 @@ def ask_head(config: dict[str, Any]) -> Asked:
 
 def ask_minilm(config: dict[str, Any]) -> Asked:
     subject = fastif_minilm.trained(config["minilm"])
+    queries, right = minilm_queries(config)
     exact = fastif_minilm.reference(config["minilm"], config["curvature_rows"])
-    test = subject.subject.parts["test"]
-    right = fastif_minilm.is_right(subject, test)
-    chosen = right_and_wrong(right, config["queries"]["minilm"])
-    queries = test.take(chosen)
     asked = fastif_minilm.query_gradients(subject, queries)
     damping = choose(config)["damping"] * exact.largest
     both = fastif_minilm.influence_on(subject, torch.cat([exact.solve(asked, damping), asked], 1))
-    scores, identity = both.split(len(chosen), dim=1)
+    scores, identity = both.split(len(right), dim=1)
     features = [fastif_minilm.pooled(subject, part) for part in (subject.train, queries)]
     near = nearest(features[0], features[1], max(config["neighbours"]))
-    return Asked(right[chosen].tolist(), scores, identity, near, damping, exact.largest)
+    return Asked(right, scores, identity, near, damping, exact.largest)
+
+
+def minilm_queries(config: dict[str, Any]) -> tuple[Part, list[bool]]:
+    """Return the queries, and whether the model gets them right."""
+    subject = fastif_minilm.trained(config["minilm"])
+    test = subject.subject.parts["test"]
+    right = fastif_minilm.is_right(subject, test)
+    chosen = right_and_wrong(right, config["queries"]["minilm"])
+    return test.take(chosen), right[chosen].tolist()
+
+
+def by_features(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the recall of the influential by what neighbours are sought by, m and k."""
+    subject, (queries, _) = fastif_minilm.trained(config["minilm"]), minilm_queries(config)
+    exact = fastif_minilm.reference(config["minilm"], config["curvature_rows"])
+    solved = exact.solve(fastif_minilm.query_gradients(subject, queries), choose(config)["damping"] * exact.largest)
+    strength = fastif_minilm.influence_on(subject, solved).abs()
+    train, asked = (fastif_minilm.features(subject, part) for part in (subject.train, queries))
+    near = {name: nearest(train[name], asked[name], max(config["neighbours"])) for name in train}
+    return {
+        name: {str(m): recalls(strength, rows, m, config["neighbours"]) for m in config["strongest"]}
+        for name, rows in near.items()
+    }
 
 
 ASK = {"head": ask_head, "minilm": ask_minilm}
@@ -104,7 +129,14 @@ def recalls(scores: Tensor, near: np.ndarray, m: int, neighbours: list[int]) -> 
 
 def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]:
     """Judge recall@100 of the influential at two sizes of the neighbourhood; report the other curves' points there."""
-    return [gate for name, result in done.items() for gate in gates_of(config, name, result)]
+    found = [gate for name in config["queries"] for gate in gates_of(config, name, done[name])]
+    total = done["minilm"]["examples"]
+    for name, recall in done[FEATURES]["recall"].items():
+        for one in config["judged"]:
+            k, values = one["neighbours"], np.array(recall["100"][str(one["neighbours"])])
+            title = f"neighbours by {name}: recall@100 at {100 * k / total:.1f} %, minilm"
+            found.append(Gate(title, float(values.mean()), bootstrap_interval(values)))
+    return found
 
 
 def gates_of(config: dict[str, Any], name: str, result: dict[str, Any]) -> list[Gate]:
@@ -136,8 +168,9 @@ def renamed(gate: Gate, name: str) -> Gate:
 
 def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -> None:
     """Draw recall against the share of the training set that is kept, as the paper's figure 8."""
-    figure = Figure(figsize=(5.2 * len(done), 4.2), layout="constrained")
-    for axes, (name, result) in zip(figure.subplots(1, len(done), squeeze=False)[0], done.items(), strict=True):
+    asked = {name: done[name] for name in config["queries"]}
+    figure = Figure(figsize=(5.2 * len(asked), 4.2), layout="constrained")
+    for axes, (name, result) in zip(figure.subplots(1, len(asked), squeeze=False)[0], asked.items(), strict=True):
         shares = np.array(config["neighbours"]) / result["examples"]
         for side, colour in COLOURS.items():
             for m, style in zip(config["strongest"], (":", "-"), strict=True):
