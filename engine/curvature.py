@@ -26,6 +26,7 @@ from engine.coordinates import Coordinates
 from engine.forward_mode import LossModule
 from engine.gradient_batch import check_losses
 from engine.prefix import Prefix, Recording, recorded_bytes
+from engine.vocabulary import CountedTokens
 
 Loss = Callable[[nn.Module, Batch], Tensor]  # [B]
 
@@ -69,6 +70,7 @@ class Curvature:
         self.loss, self.coordinates, self.dtype = loss, coordinates, dtype
         self.prefix = Prefix(self.model, (w.name for w in coordinates.weights))
         self._product = PRODUCTS[kind]
+        self._counted = CountedTokens()
 
     def total(self, batches: Iterable[tuple[Batch, Recording | None]], block: Tensor) -> Tensor:
         """Return Σ_z (curvature of ℓ_z) × block, (size, k) float64, examples below the chosen weights replayed if recorded.
@@ -79,6 +81,7 @@ class Curvature:
         tangents = [self.coordinates.tensors(v) for v in vectors.to(self.dtype)]
         total = torch.zeros_like(vectors)
         for batch, recording in batches:
+            self._counted.look(partial(self.loss, self.model, batch))
             weights = self._weights()
             with self.prefix.replay(recording), _differentiable():
                 for position, product in enumerate(self._product(self, weights, batch, tangents)):
@@ -87,13 +90,15 @@ class Curvature:
 
     def record(self, batch: Batch) -> Recording | None:
         """Return what the frozen part of the model gives for this batch; None where nothing can be replayed."""
+        self._counted.look(partial(self.loss, self.model, batch))
         weights = self._weights()
         with _differentiable():
             return self.prefix.record(lambda: self.losses(weights, batch))
 
     def losses(self, weights: list[Tensor], batch: Batch) -> Tensor:
         """Return [B] with these tensors in the place of the chosen weights."""
-        return losses_at(self.model, self.loss, self.coordinates, weights, batch)
+        with self._counted:
+            return losses_at(self.model, self.loss, self.coordinates, weights, batch)
 
     def _weights(self) -> list[Tensor]:
         named = dict(self.model.named_parameters())

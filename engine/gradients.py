@@ -65,7 +65,7 @@ class PerExampleGradients:
         ]
         self._uses = {modules[name]: here for name, here in uses.items()}
         self._fusing: bool | None = None  # whether a vocabulary head is fused; looked at in the first pass over one
-        self._narrowing: bool | None = None  # whether such a head is given the counted tokens alone
+        self._counted = vocabulary.CountedTokens()
         self._batch_size = 0
         self._calls: dict[int, int] = {}
         self._pending: dict[int, list[_Call]] = {}
@@ -151,7 +151,8 @@ class PerExampleGradients:
         self._batch_size, self._calls, self._pending = len(batch), {}, {}
         self._sums, self._squares = {}, None
         try:
-            with torch.enable_grad(), _taking_gradients([w for _, w in self._fused]), vocabulary.taking(self):
+            fused: list[Tensor] = [weight for _, weight in self._fused]
+            with torch.enable_grad(), _taking_gradients(fused), vocabulary.taking(self), self._counted:
                 losses = loss(self.model, batch)
                 check_losses(losses, len(batch))
                 like = self._like(losses)
@@ -262,12 +263,6 @@ class PerExampleGradients:
             alone = not self.norms or all(len(self.parameters[index].uses) == 1 for index, _ in uses)
             self._fusing = kept and alone and same()
         return self._fusing
-
-    def narrows(self, same: Callable[[], bool]) -> bool:
-        """Tell whether the head may be given the counted tokens alone."""
-        if self._narrowing is None:
-            self._narrowing = same()
-        return self._narrowing
 
     def takes(self, head: nn.Linear) -> bool:
         """Tell whether the head is one of the modules looked at."""

@@ -2,14 +2,14 @@
 
 [tokens, vocabulary] is by far the largest tensor of a language model's pass. While per-example gradients are taken, the
 loss, the gradient that goes on to the hidden states, and what is wanted of the head's own gradient are computed from some
-examples' logits at a time, which stay in the cache. Where that head is more than one Linear, or its gradient is wanted
-whole, its Linear is given the counted tokens alone: a seventh of a masked language model's. Everywhere else the model's own
-logits are used.
+examples' logits at a time, which stay in the cache. Where that head is more than one Linear, where its gradient is wanted
+whole, and in curvature products, its Linear is given the counted tokens alone: a seventh of a masked language model's.
+Everywhere else the model's own logits are used.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +26,6 @@ class HeadGradients(Protocol):
     """Who takes per-example gradients in this pass, and so what is wanted of the head's."""
 
     def fuses(self, head: nn.Linear, same: Callable[[], bool]) -> bool: ...  # same(): the head makes the model's logits
-    def narrows(
-        self, same: Callable[[], bool]
-    ) -> bool: ...  # same(): a token's logits come from the head's for it alone
     def takes(self, head: nn.Linear) -> bool: ...  # whether the head itself is looked at
     def reduce_head(self, head: nn.Linear, delta: Tensor) -> tuple[Tensor, Tensor] | None: ...  # projected, gram
     def add_head(self, head: nn.Linear, hidden: Tensor, reduced: tuple[Tensor, Tensor]) -> None: ...
@@ -47,24 +44,55 @@ def taking(gradients: HeadGradients) -> Iterator[None]:
         _TAKING.reset(token)
 
 
+class CountedTokens:
+    """Inside, a model's head is given the counted tokens alone, if the model makes the same logits of them then.
+
+    One of these serves one model, whose first pass inside shows whether it does.
+    """
+
+    def __init__(self) -> None:
+        self._same: bool | None = None
+        self._tokens: list[Token] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_COUNTED.set(self))
+
+    def __exit__(self, *_: object) -> None:
+        _COUNTED.reset(self._tokens.pop())
+
+    def look(self, run: Callable[[], object]) -> None:
+        """Let a pass that is good for nothing else show it, before passes in which a model may not be called twice."""
+        if self._same is None:
+            with torch.no_grad(), self:
+                run()
+            self._same = bool(self._same)
+
+    def suit(self, model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor], places: Tensor) -> bool:
+        if self._same is None:
+            self._same = _token_by_token(model, head, inputs, places)
+        return self._same
+
+
+_COUNTED: ContextVar[CountedTokens | None] = ContextVar("_COUNTED", default=None)
+
+
 def token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Return [B, T]: −log p of every label given the logits at its place; 0 where the label is IGNORED.
 
     float32, or float64 of a model in float64.
     """
     gradients, head = _TAKING.get(), _plain_head(model)
-    if gradients is None or head is None:
-        return _losses(model(**inputs).logits, labels)
-    if not gradients.fuses(head, lambda: _makes_the_logits(model, head, inputs)):
-        places = first_tokens(labels != IGNORED)
-        if places is None or not gradients.narrows(lambda: _token_by_token(model, head, inputs, places)):
-            return _losses(model(**inputs).logits, labels)
+    if gradients and head and gradients.fuses(head, lambda: _makes_the_logits(model, head, inputs)):
+        hidden = model.base_model(**inputs)[0]  # type: ignore[operator]
+        if not hidden.requires_grad and gradients.takes(head):
+            hidden = hidden.detach().requires_grad_()  # nothing below the head is looked at
+        return _FusedHead.apply(hidden, head, labels, gradients)
+    counted = _COUNTED.get()
+    places = first_tokens(labels != IGNORED) if counted and head else None
+    if counted and head and places is not None and counted.suit(model, head, inputs, places):
         each = _losses(_logits_at(model, head, inputs, places), labels.gather(1, places))
         return each.new_zeros(labels.shape).scatter(1, places, each)
-    hidden = model.base_model(**inputs)[0]  # type: ignore[operator]
-    if not hidden.requires_grad and gradients.takes(head):
-        hidden = hidden.detach().requires_grad_()  # nothing below the head is looked at
-    return _FusedHead.apply(hidden, head, labels, gradients)
+    return _losses(model(**inputs).logits, labels)
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:

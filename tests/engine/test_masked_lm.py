@@ -9,6 +9,8 @@ import torch
 from transformers import BertForMaskedLM
 
 from engine import gradients, vocabulary
+from engine.coordinates import chosen_coordinates
+from engine.curvature import Curvature
 from engine.gradients import PerExampleGradients
 from engine.parameters import select_parameters
 from engine.projectors import Whole
@@ -185,6 +187,42 @@ def test_the_decoder_sees_counted_tokens_alone_while_gradients_are_taken(folder:
     assert 1 < seen[-1] == (batch["labels"] != IGNORED).sum(1).max() <= batch["labels"].shape[1] // 2
     caught(compare, vocabulary, "at_tokens", lambda values, tokens: at_tokens(values, (tokens + 1) % values.shape[1]))
     caught(compare, vocabulary, "first_tokens", lambda wanted: first_tokens(wanted)[:, :1])
+
+
+@pytest.mark.parametrize("kind", ["gauss-newton", "hessian"])
+def test_the_decoder_sees_counted_tokens_alone_in_curvature_products(folder: Path, caught: Caught, kind: str) -> None:
+    task, model = MaskedLM(str(folder), mask_share=0.3), tiny_masked_bert().double()
+    space, batch = chosen_coordinates(model, ["*"]), task.collate(rows_of(task))
+    block = torch.randn(space.size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seen: list[int] = []
+
+    def product() -> torch.Tensor:
+        return Curvature(model, task.loss, space, kind, torch.float64).total([(batch, None)], block)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "first_tokens", lambda wanted: None)
+        whole = product()
+
+    def compare() -> None:
+        torch.testing.assert_close(product(), whole, rtol=1e-10, atol=1e-12)
+
+    model.cls.predictions.decoder.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
+    compare()
+    assert 1 < seen[-1] == (batch["labels"] != IGNORED).sum(1).max() <= batch["labels"].shape[1] // 2
+    caught(compare, vocabulary, "at_tokens", lambda values, tokens: at_tokens(values, (tokens + 1) % values.shape[1]))
+
+
+def test_curvature_products_of_mixed_logits_take_all_tokens(folder: Path) -> None:
+    task, model = MaskedLM(str(folder)), tiny_masked_bert().double()
+    space, batch = chosen_coordinates(model, ["*"]), task.collate(rows_of(task, [TEXTS[2]] * 3))
+    block = torch.ones(space.size, 1, dtype=torch.float64)
+    plain = Curvature(model, task.loss, space, dtype=torch.float64).total([(batch, None)], block)
+    model.__class__ = Centred
+    found = Curvature(model, task.loss, space, dtype=torch.float64)
+    mixed = found.total([(batch, None)], block)
+    assert float((mixed - plain).norm()) > 1e-3 * float(plain.norm())
+    found._counted._same = False
+    assert torch.equal(found.total([(batch, None)], block), mixed)
 
 
 class Centred(BertForMaskedLM):
