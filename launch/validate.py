@@ -130,7 +130,7 @@ def gate_line(gate: dict[str, Any]) -> str:
     passed = {True: "yes", False: "**no**", None: "reported"}[gate["pass"]]
     interval = "–" if gate["ci"] is None else " – ".join(figure(end) for end in gate["ci"])
     paper = "–" if gate["paper"] is None else f"{gate['paper']:g}"
-    return " | ".join([gate["name"], figure(gate["value"]), interval, asked, passed, paper])
+    return " | ".join([gate["name"].replace("|", "\\|"), figure(gate["value"]), interval, asked, passed, paper])
 
 
 def figure(value: float) -> str:

@@ -103,13 +103,13 @@ def test_gate_table_says_what_was_asked_and_what_was_only_reported() -> None:
         Gate("hit", 0.9, (0.85, 0.95), 0.8, paper=0.8),
         Gate("miss", 0.7, threshold=0.8),
         Gate("cost", 0.3, threshold=0.5, at_least=False),
-        Gate("loss", 0.6),
+        Gate("mean |I|", 0.6),
     ]
     assert validate.gate_table([gate.record() for gate in gates]).splitlines()[2:] == [
         "| hit | 0.900 | 0.850 – 0.950 | ≥ 0.8 | yes | 0.8 |",
         "| miss | 0.700 | – | ≥ 0.8 | **no** | – |",
         "| cost | 0.300 | – | ≤ 0.5 | yes | – |",
-        "| loss | 0.600 | – | – | reported | – |",
+        r"| mean \|I\| | 0.600 | – | – | reported | – |",
     ]
 
 
