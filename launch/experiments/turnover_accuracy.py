@@ -64,7 +64,7 @@ def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]
         *(Gate(f"learning rate, {kind}", done[f"rate-{kind}"]["chosen"]) for kind in KINDS),
         *(Gate(f"loss on dev reviews, {kind}, rate {rate:g}", reached)
           for kind in KINDS
-          for rate, reached in zip(config["train"]["rates"], done[f"rate-{kind}"]["dev"], strict=True)),
+          for rate, reached in zip(config["train"]["rates"][kind], done[f"rate-{kind}"]["dev"], strict=True)),
     ]  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from launch.experiments.kept import kept
 from launch.experiments.subjects import Part, State, loss, mean_loss, read_records, token_states, top_layers
 
 TRAINABLE = (TRAINED, "pooler.*", "classifier.*")
+KINDS = ("plain", "masked")
 TOKENS = 4096  # of one forward pass of the estimator
 _MASKS = 1 << 32
 
@@ -221,7 +222,8 @@ def chosen_rate(config: dict[str, Any], source: dict[str, Any], masked: bool) ->
 
 def dev_losses(config: dict[str, Any], source: dict[str, Any], masked: bool) -> dict[float, float]:
     """Return the mean dev loss of every rate, of the full network."""
-    own = {key: config["train"][key] for key in ("epochs", "rates", "tuning")}
+    own = {key: config["train"][key] for key in ("epochs", "tuning")}
+    own["rates"] = config["train"]["rates"][KINDS[masked]]
     return _dev_losses(json.dumps([config["network"], source, own, masked]))
 
 
