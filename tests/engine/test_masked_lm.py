@@ -212,6 +212,18 @@ def test_the_decoder_sees_counted_tokens_alone_in_curvature_products(folder: Pat
     caught(compare, vocabulary, "at_tokens", lambda values, tokens: at_tokens(values, (tokens + 1) % values.shape[1]))
 
 
+def test_whether_the_decoder_may_see_fewer_tokens_does_not_hang_on_the_first_batch(folder: Path) -> None:
+    """Else two workers, which begin with different batches, would leave different bits."""
+    many, task, model = MaskedLM(str(folder), mask_share=1.0), MaskedLM(str(folder)), tiny_masked_bert().double()
+    space = chosen_coordinates(model, ["*"])
+    block = torch.ones(space.size, 1, dtype=torch.float64)
+    seen: list[int] = []
+    model.cls.predictions.decoder.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
+    batches = [one.collate(rows_of(one)) for one in (many, task)]
+    Curvature(model, task.loss, space, dtype=torch.float64).total([(batch, None) for batch in batches], block)
+    assert seen[-1] == 1 < seen[-2] == batches[0]["labels"].shape[1]
+
+
 def test_curvature_products_of_mixed_logits_take_all_tokens(folder: Path) -> None:
     task, model = MaskedLM(str(folder)), tiny_masked_bert().double()
     space, batch = chosen_coordinates(model, ["*"]), task.collate(rows_of(task, [TEXTS[2]] * 3))
