@@ -188,7 +188,7 @@ def plot(config: dict[str, Any], done: dict[str, dict[str, Any]], folder: str) -
         axes.minorticks_off()
         axes.set_title(f"{int(rows.sum())} queries whose prediction is {title}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save(figure, folder, "removal")
 
 
