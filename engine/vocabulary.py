@@ -20,6 +20,7 @@ from engine.taps import at_tokens, first_tokens
 from engine.tasks.text import IGNORED, wide
 
 _LOGITS = 1 << 22  # numbers of logits held at a time
+_PROBED = 128  # tokens
 
 
 class HeadGradients(Protocol):
@@ -67,9 +68,9 @@ class CountedTokens:
                 run()
             self._same = bool(self._same)
 
-    def suit(self, model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor]) -> bool:
+    def suit(self, model: nn.Module, head: nn.Linear, names: list[str]) -> bool:
         if self._same is None:
-            self._same = _token_by_token(model, head, inputs)
+            self._same = _token_by_token(model, head, names)
         return self._same
 
 
@@ -82,13 +83,13 @@ def token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) ->
     float32, or float64 of a model in float64.
     """
     gradients, head = _TAKING.get(), _plain_head(model)
-    if gradients and head and gradients.fuses(head, lambda: _makes_the_logits(model, head, inputs)):
+    if gradients and head and gradients.fuses(head, lambda: _makes_the_logits(model, head, list(inputs))):
         hidden = model.base_model(**inputs)[0]  # type: ignore[operator]
         if not hidden.requires_grad and gradients.takes(head):
             hidden = hidden.detach().requires_grad_()  # nothing below the head is looked at
         return _FusedHead.apply(hidden, head, labels, gradients)
     counted = _COUNTED.get()
-    fewer = bool(counted and head and counted.suit(model, head, inputs))
+    fewer = bool(counted and head and counted.suit(model, head, list(inputs)))
     places = first_tokens(labels != IGNORED) if fewer else None
     if head and places is not None:
         each = _losses(_logits_at(model, head, inputs, places), labels.gather(1, places))
@@ -111,39 +112,71 @@ def _logits_at(model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor], pla
         handle.remove()
 
 
-def _token_by_token(model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor]) -> bool:
-    """Tell whether the model makes the same logits of half of an example's tokens if its head sees these alone."""
-    first = {name: tensor[:1].repeat(1, 2)[:, : max(2, tensor.shape[1])] for name, tensor in inputs.items()}
-    half = torch.arange(first["input_ids"].shape[1] // 2, device=first["input_ids"].device)[None]
-    with torch.no_grad():
-        own = model(**first).logits
-        if own.shape[:2] != first["input_ids"].shape:
-            return False
-        return _alike(at_tokens(own, half), _logits_at(model, head, first, half))
-
-
 def _plain_head(model: nn.Module) -> nn.Linear | None:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find else None
     return head if type(head) is nn.Linear and getattr(model, "base_model", model) is not model else None
 
 
-def _makes_the_logits(model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor]) -> bool:
-    """Tell whether the logits are the head's output on the last hidden state, with nothing done to either."""
-    first = {name: tensor[:1] for name, tensor in inputs.items()}
+def _makes_the_logits(model: nn.Module, head: nn.Linear, names: list[str]) -> bool:
+    """Tell whether the logits are the head's output on the last hidden state, to the bit, with nothing done to either.
+
+    The head's output is made a thousand times larger on the way: a cap that leaves small logits alone is seen then.
+    """
+    probe = _probe(model, head, names)
     with torch.no_grad():
-        hidden = model.base_model(**first)[0]  # type: ignore[operator]
-        if hidden.shape[-1] != head.in_features:
-            return False
-        own, direct = model(**first).logits, head(hidden)
-    return _alike(own, direct)
+        hidden = model.base_model(**probe)[0]  # type: ignore[operator]
+    logits, calls = _through(model, head, probe, lambda out: out * 1024)
+    return len(calls) == 1 and torch.equal(calls[0][0], hidden) and _equal(logits, calls[0][1] * 1024)
 
 
-def _alike(logits: Tensor, others: Tensor) -> bool:
-    if logits.shape != others.shape:
+def _token_by_token(model: nn.Module, head: nn.Linear, names: list[str]) -> bool:
+    """Tell whether the head sees [B, T, H] once, and each token's logits are made of what it gives for that token alone."""
+    probe = _probe(model, head, names)
+    logits, calls = _through(model, head, probe, lambda out: out)
+    shape = probe[names[0]].shape
+    if len(calls) != 1 or calls[0][0].shape[:2] != shape or logits.shape[:2] != shape:
         return False
-    tolerance = 64 * torch.finfo(logits.dtype).eps * float(others.abs().max())  # the same products, in another order
-    return bool(((logits - others).abs() <= tolerance).all())
+    some = torch.arange(shape[1] - 1, -1, -2, device=logits.device)[None]  # every other one, the last first
+    try:
+        fewer, _ = _through(model, head, probe, lambda out: at_tokens(out, some))
+    except (IndexError, RuntimeError, ValueError):  # what follows the head needs all tokens
+        return False
+    return _equal(fewer, at_tokens(logits, some), 4 * torch.finfo(logits.dtype).eps)
+
+
+def _probe(model: nn.Module, head: nn.Linear, names: list[str]) -> dict[str, Tensor]:
+    """Return an example that hangs on no batch, so that all workers learn the same of a model; long, to show chunks."""
+    known = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    limits = [limit for limit in known if isinstance(limit, int) and limit > 0]
+    ones = torch.ones(
+        1, max(4, min([_PROBED, *(limit - 4 for limit in limits)])), dtype=torch.int64, device=head.weight.device
+    )
+    return {name: ones.cumsum(1) % head.out_features if name == "input_ids" else ones for name in names}
+
+
+def _through(
+    model: nn.Module, head: nn.Linear, inputs: dict[str, Tensor], change: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return the logits with the head's output changed, and the head's input and own output at every call."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def hook(_: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
+        calls.append((args[0] if args else next(iter(kwargs.values())), out))
+        return change(out)
+
+    handle = head.register_forward_hook(hook, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            return model(**inputs).logits, calls
+    finally:
+        handle.remove()
+
+
+def _equal(logits: Tensor, others: Tensor, relative: float = 0.0) -> bool:
+    """Tell whether all logits are the same, up to so much of each."""
+    same = logits.shape == others.shape
+    return same and torch.allclose(logits, others.to(logits.dtype), rtol=relative, atol=0, equal_nan=True)
 
 
 class _FusedHead(torch.autograd.Function):

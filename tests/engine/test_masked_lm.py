@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import BertForMaskedLM
+from transformers.modeling_outputs import MaskedLMOutput
 
 from engine import gradients, vocabulary
 from engine.coordinates import chosen_coordinates
@@ -212,6 +213,75 @@ def test_the_decoder_sees_counted_tokens_alone_in_curvature_products(folder: Pat
     caught(compare, vocabulary, "at_tokens", lambda values, tokens: at_tokens(values, (tokens + 1) % values.shape[1]))
 
 
+class Centred(BertForMaskedLM):
+    """Logits without their mean over the tokens."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits - out.logits.mean(1, keepdim=True)
+        return out
+
+
+class Capped(BertForMaskedLM):
+    """Logits that end at ±30."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = 30 * torch.tanh(out.logits / 30)
+        return out
+
+
+class Later(BertForMaskedLM):
+    """Logits three times as large from the seventh token on."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * torch.where(torch.arange(out.logits.shape[1]) < 6, 1, 3)[:, None]
+        return out
+
+
+class Flat(BertForMaskedLM):
+    """A decoder that sees the tokens of all examples in one row."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.cls.predictions.transform(self.bert(*args, **kwargs)[0])
+        logits = self.cls.predictions.decoder(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+        return MaskedLMOutput(logits=logits)
+
+
+class Chunked(BertForMaskedLM):
+    """A decoder that is given four tokens at a time."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.cls.predictions.transform(self.bert(*args, **kwargs)[0])
+        parts = [self.cls.predictions.decoder(part) for part in hidden.split(4, 1)]
+        return MaskedLMOutput(logits=torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [BertForMaskedLM, Capped, Centred, Later, Flat, Chunked])
+def test_which_decoders_may_see_fewer_tokens(kind: type, dtype: torch.dtype) -> None:
+    model = tiny_masked_bert().to(dtype).eval()
+    model.__class__ = kind
+    decoder = model.cls.predictions.decoder
+    assert vocabulary.CountedTokens().suit(model, decoder, ["input_ids", "attention_mask"]) is (
+        kind in (BertForMaskedLM, Capped)
+    )
+
+
+@pytest.mark.parametrize("kind", [Later, Flat, Chunked])
+def test_decoders_that_need_all_tokens_get_them(folder: Path, kind: type) -> None:
+    task, model = MaskedLM(str(folder)), tiny_masked_bert().double()
+    model.__class__ = kind
+    space, batch = chosen_coordinates(model, ["*"]), task.collate(rows_of(task, [TEXTS[2]] * 3))
+    block = torch.ones(space.size, 1, dtype=torch.float64)
+    found = Curvature(model, task.loss, space, dtype=torch.float64).total([(batch, None)], block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "first_tokens", lambda wanted: None)
+        whole = Curvature(model, task.loss, space, dtype=torch.float64).total([(batch, None)], block)
+    assert torch.equal(found, whole)
+
+
 def test_whether_the_decoder_may_see_fewer_tokens_does_not_hang_on_the_first_batch(folder: Path) -> None:
     """Else two workers, which begin with different batches, would leave different bits."""
     many, task, model = MaskedLM(str(folder), mask_share=1.0), MaskedLM(str(folder)), tiny_masked_bert().double()
@@ -235,15 +305,6 @@ def test_curvature_products_of_mixed_logits_take_all_tokens(folder: Path) -> Non
     assert float((mixed - plain).norm()) > 1e-3 * float(plain.norm())
     found._counted._same = False
     assert torch.equal(found.total([(batch, None)], block), mixed)
-
-
-class Centred(BertForMaskedLM):
-    """Logits without their mean over the tokens."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)
-        out.logits = out.logits - out.logits.mean(1, keepdim=True)
-        return out
 
 
 def test_all_tokens_are_given_to_a_decoder_whose_logits_are_mixed_afterwards(folder: Path) -> None:

@@ -112,6 +112,12 @@ def test_whole_gradients_and_other_heads_use_the_models_logits():
 
     model.__class__ = Capped
     assert take(model, EVERYTHING, True)[1] is False
+    names = ["input_ids", "attention_mask"]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):  # however small its logits are
+        for kind, same in ((Capped, False), (type(model).__base__, True)):
+            small = model_of().to(dtype)
+            small.__class__ = kind
+            assert vocabulary._makes_the_logits(small, small.lm_head, names) is same
 
 
 def test_nothing_is_fused_outside_a_pass():
