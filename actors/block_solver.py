@@ -123,7 +123,7 @@ class BlockSolver:
 
         def find() -> dict[str, Any]:
             keys = [self._repetition(first, repetition) for repetition in range(lissa.repetitions)]
-            estimates = [safetensors.torch.load(self.job.run.read(key))["x"] for key in keys]
+            estimates = (safetensors.torch.load(self.job.run.read(key))["x"] for key in keys)
             found = lissa_solution(self.operator, self._right(asked, first), lissa, estimates, largest)
             return self._write(first, found) | {"scale": lissa.scale}
 

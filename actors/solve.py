@@ -26,6 +26,7 @@ from storage.locations import Location, ObjectRecord, to_json
 
 LITTLE = 0.97  # correlation with the plain gradient from which the curvature has changed little
 _BLOCKS = 4  # of (size, k) that a solver holds
+_MORE = {"lissa": 3}  # beyond them: the mean of the repetitions, their squares and the next one
 REMEDIES = {  # besides a larger damping
     "lissa": "method.depth, method.batch_size or method.repetitions",
     "sketch": "method.depth, method.batch_size or method.columns",
@@ -109,7 +110,8 @@ def refuse_unfit(inverse: InverseCurvature, sizes: dict[str, int], queries: int,
             f"method.solver={inverse.solver} makes a whole matrix, of at most {MAX_EXACT} columns; here it has {size:,}: "
             f"choose fewer gradients.modules, " + ("or cg." if inverse.solver == "exact" else "or a smaller dim.")
         )
-    need = 8 * _BLOCKS * size * width + 2 * 4 * size * queries
+    need = 8 * (_BLOCKS + _MORE.get(inverse.solver, 0)) * size * width + 2 * 4 * size * queries
+    need += 3 * 8 * size**2 if inverse.solver == "exact" else 0  # the matrix, what it is made of, its factor
     free = psutil.virtual_memory().available if free is None else free
     if need > free:
         raise ValueError(

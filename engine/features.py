@@ -46,8 +46,16 @@ def pooled(task: Task, model: nn.Module, batch: Batch) -> Tensor:
 def last_hidden(task: Task, model: nn.Module, batch: Batch) -> Tensor:
     """Return the last layer's mean over an example's tokens."""
     output = base_output(task, model, batch)
-    mask = batch["attention_mask"].unsqueeze(-1).to(output.last_hidden_state.dtype)
-    return (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+    states = output.last_hidden_state
+    if states.dim() != 3:
+        raise ValueError(
+            f"method.features=last-hidden needs states [examples, tokens, width]; {type(model).__name__} gives "
+            f"{tuple(states.shape)}. Give the task a method `features(model, batch)` of its own."
+        )
+    if "attention_mask" not in batch.tensors:
+        return states.mean(1)
+    mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+    return (states * mask).sum(1) / mask.sum(1)
 
 
 def head_input(task: Task, model: nn.Module, batch: Batch) -> Tensor:

@@ -111,10 +111,15 @@ def shared_places(
 ) -> Shared:
     """Return where W stands in both, entry by entry of its weights, however each stage lays them out.
 
-    Raises ValueError naming a weight that is not there, or has two shapes.
+    Raises ValueError naming a weight that is not there, has two shapes, or comes from two.
     """
     ours, theirs = _places(pretraining), _places(finetuning)
+    sources: dict[str, str] = {}
     for name, other in names.items():
+        if sources.setdefault(other, name) != name:
+            raise ValueError(
+                f"pretrain.shared: {sources[other]} and {name} of pretraining both became {other}: a weight comes from one"
+            )
         for stage, places, one in (("pretraining", ours, name), ("fine-tuning", theirs, other)):
             if one not in places:
                 raise ValueError(f"pretrain.shared: {one} is no chosen weight of {stage}: one of {', '.join(places)}")

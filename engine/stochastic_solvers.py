@@ -87,14 +87,17 @@ def lissa_solution(
     operator: Operator,
     b: Tensor,
     settings: Lissa,
-    estimates: list[Tensor],  # x_J/s of every repetition, in order
+    estimates: Iterable[Tensor],  # x_J/s of every repetition, in order; one is held at a time
     largest: float,
     tolerance: float = 0.1,
 ) -> Solution:
     """Return the repetitions' mean with its standard error (None for a single one) and the residual on all examples."""
-    block = torch.stack(estimates)
-    mean = block.mean(0)
-    error = block.std(0) / len(block) ** 0.5 if len(block) > 1 else None
+    count, mean, squares = 0, torch.zeros_like(b), torch.zeros_like(b)
+    for count, x in enumerate(estimates, 1):  # Welford 1962
+        change = x - mean
+        mean += change / count
+        squares += change * (x - mean)
+    error = (squares / (count * (count - 1))).sqrt() if count > 1 else None
     left = relative(b - applied(operator, mean) - settings.damping * mean, b)
     return solution(mean, b, left, tolerance, settings.iterations, settings.damping, largest, error)
 

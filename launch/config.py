@@ -307,13 +307,24 @@ def _schema_for(data: dict[str, Any]) -> type[Config]:
         own = section_of(import_path(method))
         own_method: Any = create_model("Method", __base__=(MethodSection, own), __doc__=MethodSection.__doc__)
         fields["method"] = (own_method, own_method())
-    if task in BUILT_IN or ":" in task:
-        settings = section_of(import_path(BUILT_IN.get(task, task)))
-        own_task: Any = create_model(
-            "Task", __base__=TaskSection, __doc__=TaskSection.__doc__, settings=(settings, settings())
-        )
+    if own_task := _task_section(task):
         fields["task"] = (own_task, own_task())
+    pretrain = data.get("pretrain")
+    first = _task_section(_name_in(pretrain, "task")) if isinstance(pretrain, dict) else None
+    if first:
+        own_pretrain: Any = create_model(
+            "Pretrain", __base__=PretrainSection, __doc__=PretrainSection.__doc__, task=(first, first())
+        )
+        fields["pretrain"] = (own_pretrain | None, None)
     return create_model("Schema", __base__=Config, **fields)
+
+
+def _task_section(task: str) -> Any:
+    """Return the task's section with the settings of its own; None for a name that is not known."""
+    if task not in BUILT_IN and ":" not in task:
+        return None
+    settings = section_of(import_path(BUILT_IN.get(task, task)))
+    return create_model("Task", __base__=TaskSection, __doc__=TaskSection.__doc__, settings=(settings, settings()))
 
 
 def _name_in(data: dict[str, Any], section: str) -> str:

@@ -115,6 +115,14 @@ def read_anchors(asked: CorrectSection) -> list[dict[str, Any]]:
     found = [record for record, _ in read_records(asked.anchors.path, split=asked.anchors.split)][: asked.anchors.limit]
     if len(found) < asked.batch:
         raise ValueError(f"correct.batch={asked.batch} is not allowed: {asked.anchors.path} has {len(found)} records.")
+    for name, value in ((name, value) for record in found for name, value in record.items()):
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(
+                f"field {name!r} of {asked.anchors.path} is a {type(value).__name__}: anchors are written down as JSON. "
+                f"Leave the field out, or write it as text or a number."
+            ) from error
     return found
 
 

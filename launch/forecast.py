@@ -13,7 +13,7 @@ from actors.context import cache_folder, make_task
 from actors.plan import shard_length
 from engine.methods.contract import Method
 from engine.parameters import select_parameters
-from engine.projection import Projection, row_layout
+from engine.projection import Projection, row_layout, unprojected_layout
 from launch.config import Config
 from launch.estimate import Shape, assumed_seconds, build_shape, index_rows, measured_seconds, read_devices
 from launch.footprint import Size, block_bytes, gradient_bytes, score_bytes, state_bytes
@@ -119,7 +119,12 @@ def plan_by_shape(config: Config, method: Method) -> Plan:
     longest = int(config.task.settings.get("max_tokens") or -(-told.tokens // told.examples))
     shape = build_shape(config.task.name, told.model, longest)
     parameters = select_parameters(shape.model, g.modules if isinstance(g.modules, list) else ["*"])
-    layout = row_layout(parameters, Projection(g.projection, g.dim, config.run.seed))
+    whole = g.projection == "none" and not g.store
+    layout = (
+        unprojected_layout(parameters)
+        if whole
+        else row_layout(parameters, Projection(g.projection, g.dim, config.run.seed))
+    )
     names = [p.name for p in parameters]
     store = StoreSettings(layout.arrays, [asdict(r) for r in layout.ranges], names, g.dtype, norms=g.norms)
     columns = sum(layout.arrays.values()) if g.store else 0

@@ -31,6 +31,11 @@ def plan(config: Config) -> Plan:
     """Return what a job will take. Raises ValueError for one that cannot fit, naming the ways out."""
     if config.queries is None:
         raise ValueError("queries is missing: say which predictions are asked about, for example queries: test.jsonl")
+    if config.pretrain:
+        raise ValueError(
+            "plan does not know jobs of two stages: run one with pretrain.corpus.limit=1000; the solves take what they take, "
+            "the rest grows with the rows."
+        )
     method = load_method(config.method.name, config.method.settings())
     made = plan_by_shape(config, method) if config.plan.model else plan_by_probe(config, method)
     refuse_unfit(config, made)

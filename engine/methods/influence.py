@@ -8,7 +8,7 @@ after it multiplies them with the inverse curvature (actors/solve.py) and gives 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from engine.batches import Batch
@@ -18,6 +18,7 @@ from engine.methods.tracin import one_checkpoint, query_gradients
 from engine.solvers import CURVATURE
 
 Positive = Annotated[float, Gt(0)]
+Part = Annotated[float, Gt(0), Lt(1)]
 Count = Annotated[int, Ge(1)]
 Kind = Literal["gauss-newton", "hessian"]
 Solver = Literal["cg", "squared-cg", "exact", "lissa", "sketch", "projected"]
@@ -34,7 +35,7 @@ class Influence:
     damping_absolute: Positive | None = None  # λ itself, in its place; the papers' d·s: FastIF on MNLI 5e-3 · 1e4 = 50
     curvature: Kind | None = None  # default: hessian for squared-cg and sketch, else gauss-newton (projected: always)
     rows: Count | None = None  # training examples that estimate the curvature; default all
-    tolerance: Positive = 1e-5  # relative residual at which cg and squared-cg stop
+    tolerance: Part = 1e-5  # relative residual at which cg and squared-cg stop
     max_iterations: Count = 200  # of cg and squared-cg
     query_block: Count = 16  # queries (sketch: columns) solved together: time per query falls, memory rises
     l2: Annotated[float, Ge(0)] = 0.0  # of ½ l2 ‖θ‖² in the training objective

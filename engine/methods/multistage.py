@@ -9,7 +9,7 @@ proponent, without it the query's loss would rise.
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from engine.batches import Batch
@@ -39,7 +39,7 @@ class MultiStage:
     pretrain_rows: Count | None = None  # pretraining examples that estimate its; default all; the paper's 1000
     l2: Annotated[float, Ge(0)] = 0.0  # of ½ l2 ‖·‖² in the objective of fine-tuning
     pretrain_l2: Annotated[float, Ge(0)] = 0.0  # of ½ l2 ‖·‖² in the objective of pretraining
-    tolerance: Positive = 1e-5  # relative residual at which cg and squared-cg stop
+    tolerance: Annotated[float, Gt(0), Lt(1)] = 1e-5  # relative residual at which cg and squared-cg stop
     max_iterations: Count = 200  # of cg and squared-cg
     query_block: Count = 16  # right-hand sides solved together; there are two a query
     dtype: Literal["float32", "float64"] = "float32"  # of curvature products

@@ -184,3 +184,10 @@ def test_a_config_without_the_section_and_a_folder_of_others_are_refused(once: A
         run_quietly({name: section for name, section in data.items() if name != "correct"})
     with pytest.raises(ValueError, match="already holds other checkpoints: remove them, or name another"):
         run_quietly(data | {"correct": data["correct"] | {"seed": 5}})
+
+
+def test_anchors_that_json_cannot_hold_are_refused(asked: Make, tmp_path: Path) -> None:
+    path = tmp_path / "anchors.npz"
+    np.savez(path, x=np.zeros((QUERIES, 2), np.float32), y=np.zeros(QUERIES, np.int64))
+    with pytest.raises(ValueError, match="field .* of .*anchors.npz is a ndarray: anchors are written down as JSON"):
+        run_quietly(asked(anchors=str(path)))

@@ -249,6 +249,7 @@ def test_running_again_solves_nothing(settings: Settings, monkeypatch: pytest.Mo
         ({"dampening": 0.1}, {}, "method.dampening is not known. Did you mean method.damping?"),
         ({}, {"projection": "two-sided"}, "Set gradients.projection=none and gradients.store=false, or method.solver="),
         ({"solver": "projected"}, {}, "method.solver=projected solves on stored rows: set gradients.store=true"),
+        ({"tolerance": 1.0}, {}, "method.tolerance=1.0 is not allowed"),
         ({"solver": "lissa", "lissa_scale": 1e-6}, {}, "LiSSA with scale=1e-06 diverges"),
     ],
 )
@@ -264,6 +265,10 @@ def test_what_does_not_fit_is_refused_with_the_ways_out() -> None:
     refuse_unfit(inverse, {"w": 10**6}, 100, free=2 * 10**9)
     with pytest.raises(ValueError, match="at most 16384"):
         refuse_unfit(InverseCurvature("exact", "gauss-newton", None), {"w": 20_000}, 1)
+    with pytest.raises(ValueError, match="needs 6.00 GiB"):
+        refuse_unfit(InverseCurvature("exact", "gauss-newton", None), {"w": 2**14}, 1, free=10**8)
+    with pytest.raises(ValueError, match="on the driver"):
+        refuse_unfit(InverseCurvature("lissa", "gauss-newton", None), {"w": 10**6}, 16, free=9 * 10**8)
 
 
 def test_a_curvature_that_changes_little_is_said(settings: Settings) -> None:

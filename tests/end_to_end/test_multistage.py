@@ -265,6 +265,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": {"solver": "newton"}}, "method.solver='newton' is not allowed: must be 'cg', 'squared-cg'"),
     ({"method": {"case": "updated"}}, "method.alpha is not set"),
     ({"pretrain": {"corpus": "lost.jsonl"}}, "lost.jsonl"),
+    ({"pretrain": {"task": {"settings": {"max_tokens": "many"}}}}, "pretrain.task.settings.max_tokens='many' is not allowed"),
+    ({"method": {"tolerance": 2.0}}, "method.tolerance=2.0 is not allowed"),
     ({"pretrain": {"share": {}}}, "pretrain.share is not known. Did you mean pretrain.shared?"),
 ]  # fmt: skip
 

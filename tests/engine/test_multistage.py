@@ -290,6 +290,7 @@ def test_places_follow_the_weights_own_entries_whatever_the_layout() -> None:
     ("names", "said"),
     [({"lost": "w"}, "lost is no chosen weight of pretraining: one of w, u"),
      ({"w": "lost"}, "lost is no chosen weight of fine-tuning: one of w, t"),
+     ({"w": "w", "u": "w"}, "w and u of pretraining both became w"),
      ({"u": "t"}, r"u is \(3,\) in pretraining and t \(5,\) in fine-tuning")],
 )  # fmt: skip
 def test_names_and_shapes_that_do_not_fit_are_refused(names: dict[str, str], said: str) -> None:

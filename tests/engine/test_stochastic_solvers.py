@@ -74,6 +74,9 @@ def test_random_batches_are_right_on_average_and_their_error_falls_with_the_root
     )  # batches are independent of x, so the mean follows the mean matrix
     whole = lissa_solution(MANY, b, settings, estimates, LARGEST)
     assert whole.standard_error is not None
+    block = torch.stack(estimates)
+    torch.testing.assert_close(whole.x, block.mean(0), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(whole.standard_error, block.std(0) / len(block) ** 0.5, rtol=1e-10, atol=1e-14)
     z = (whole.x - truth) / whole.standard_error
     assert float(z.square().mean().sqrt()) < 3
     quarters = [

@@ -130,10 +130,21 @@ def test_a_billion_words_plan_without_gpu_or_network(monkeypatch: pytest.MonkeyP
     assert shape.flops_a_token() == pytest.approx(products + attention, rel=0.02)
 
 
+def test_whole_gradients_that_are_not_stored_have_no_limit() -> None:
+    one = ["method.name=gradient-dot", "gradients.projection=none", "gradients.norms=false"]
+    with pytest.raises(ValueError, match="or no store"):
+        plan(load_config(str(BILLION), one))
+    assert plan(load_config(str(BILLION), [*one, "gradients.store=false"])).bytes["gradients"] == 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["plan.examples=null"], "plan.model needs plan.examples, plan.tokens and plan.queries"),
+        (
+            ["pretrain.corpus=a.jsonl", "pretrain.shared={w: w}", "method.name=multistage"],
+            "plan does not know jobs of two stages",
+        ),
         (["plan.devices=[gtx]"], "plan.devices='gtx' is not known: one of l4, a100, h100, h200"),
         (["task.name=image-classification", "task.settings=null"], "plan.model is not allowed with task image-class"),
     ],
