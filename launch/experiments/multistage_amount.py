@@ -41,7 +41,7 @@ def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]
     sizes = {name: np.abs(result["influence"]) for name, result in done.items()}
     return [
         mean_ratio("mean |I| of D to C", sizes["D"], sizes["C"], threshold=1.0, at_least=False),
-        mean_ratio("mean |I| of D at C's α to C", sizes["D at C's α"], sizes["C"]),
+        mean_ratio("mean |I| of D at C's α to C", sizes["D-at-alpha-of-C"], sizes["C"]),
         *(Gate(f"mean |I|, {name}", float(values.mean()), paper=PAPER.get(name)) for name, values in sizes.items()),
         *(Gate(f"accuracy on the test images, {name}", result["accuracy"]) for name, result in done.items()),
     ]
