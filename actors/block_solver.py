@@ -1,8 +1,8 @@
 """Solvers that need curvature products alone: they run on the driver, their products on the workers.
 
-λ_max, the scale of random batches and every solved block of queries are noted in the stage's journal; the solver at work
-saves its state once a minute. A repetition of LiSSA, and a block of a sketch's columns, are units of work like any other.
-A killed driver goes on to the same bits.
+λ_max, the scale of random batches and every solved block of queries are noted in the stage's journal. A repetition of
+LiSSA, and a block of a sketch's columns, are units of work. Whatever is at work saves its state once a minute: a killed
+driver or worker goes on to the same bits.
 """
 
 import time
@@ -37,7 +37,7 @@ class BlockSolver:
         self.operator = DistributedOperator(
             job.pool, job.settings, self.coordinates.size, self.ids, job.block_rows, inverse.l2, job.events
         )
-        self.states = SolverStates(job.run, f"solve-{job.label}", job.check)
+        self.states = SolverStates(job.run, f"journal/solve-{job.label}", job.check)
         self._done = dict(job.notes.done())
 
     def solve(self, asked: SavedState) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,7 +106,7 @@ class BlockSolver:
     def repeat(self, lissa: Lissa, largest: float, queries: int) -> None:
         """Run every repetition for every block of queries as a stage of the job."""
         width = self.inverse.query_block
-        settings = self._local() | {"lissa": lissa, "largest": largest, "label": self.job.label}
+        settings = self._local() | {"lissa": lissa, "largest": largest}
         units = [
             Unit(
                 f"{self._name(first)}-{repetition:03d}",
@@ -141,7 +141,11 @@ class BlockSolver:
 
     def _local(self) -> dict[str, Any]:
         """Return what units are told that draw their own batches."""
-        return self.job.settings | {"ids": self.job.pool.share(self.ids), "l2": self.inverse.l2}
+        return self.job.settings | {
+            "ids": self.job.pool.share(self.ids),
+            "l2": self.inverse.l2,
+            "label": self.job.label,
+        }
 
     def _right(self, asked: SavedState, first: int) -> Tensor:
         return self.coordinates.join(right_sides(asked, first, self.inverse.query_block))

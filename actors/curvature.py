@@ -1,7 +1,8 @@
 """Units of curvature: the sum of products over one reduction block, one repetition of LiSSA, some columns of a sketch.
 
 A product's partial travels back in its receipt and is added up by the driver (operator.py). A repetition, and columns of
-a sketch, are found wholly here, on the local operator, and written down as every other unit's result.
+a sketch, are found wholly here, on the local operator, and written down as every other unit's result; one that takes long
+is worked on in turns, each from the state that the one before saved.
 """
 
 from dataclasses import asdict
@@ -14,13 +15,15 @@ import torch
 
 from actors.context import WorkerContext
 from actors.leftovers import put
+from actors.solver_states import SolverStates, take_turn
 from actors.specs import CurvatureSpec
-from actors.states import SavedState, gradients_key
+from actors.states import SavedState, gradients_key, unfinished_key
 from actors.units import Receipt, Unit
-from engine.solvers import finish
 from engine.stochastic_solvers import (
     Lissa,
+    LissaState,
     Sketch,
+    SketchState,
     lissa_batches,
     lissa_repetition,
     sketch_batches,
@@ -47,14 +50,19 @@ def lissa_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> 
     lissa: Lissa = settings["lissa"]
     at = unit.payload
     held = context.curvature(settings["model"], settings["gradients"], spec)
+    states = _states(context, settings, unit)
+    state = states.latest(unit.key, LissaState, context.device)
     ids, repetition = torch.tensor(settings["ids"]), at["repetition"]
-    drawn = np.unique(lissa_batches(ids, lissa, repetition).numpy())
-    operator = held.local(drawn, settings["l2"])
+    drawn = lissa_batches(ids, lissa, repetition)
+    operator = held.local(np.unique(drawn[state.iteration if state else 0 :].numpy()), settings["l2"])
     asked = SavedState.open(context.run, gradients_key(settings["label"], spec.checkpoint))
-    b = held.curvature.coordinates.join(asked.window(at["first"], at["last"]).arrays)
-    x = finish(lissa_repetition(operator, b.to(context.device), ids, lissa, repetition, settings["largest"]))
+    b = held.curvature.coordinates.join(asked.window(at["first"], at["last"]).arrays).to(context.device)
+    x = take_turn(lissa_repetition(operator, b, ids, lissa, repetition, settings["largest"], state), states, unit.key)
+    if x is None:
+        return Receipt(unit.key, unfinished=True)
     written = put(context, settings, unit, at["key"], safetensors.numpy.save({"x": x.cpu().numpy()}))
-    return Receipt(unit.key, rows=len(drawn), bytes=written.size, objects=[asdict(written)])
+    states.clear()
+    return Receipt(unit.key, rows=len(drawn.unique()), bytes=written.size, objects=[asdict(written)])
 
 
 def sketch_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:
@@ -62,15 +70,25 @@ def sketch_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) ->
     sketch: Sketch = settings["sketch"]
     block = unit.payload["block"]
     held = context.curvature(settings["model"], settings["gradients"], settings["curvature"])
+    states = _states(context, settings, unit)
+    state = states.latest(unit.key, SketchState, context.device)
     coordinates, ids = held.curvature.coordinates, torch.tensor(settings["ids"])
-    batches = [torch.cat(sketch_batches(ids, sketch, block, t)) for t in range(1, sketch.iterations + 1)]
-    drawn = np.unique(torch.cat(batches).numpy())
+    drawn = torch.stack([torch.cat(sketch_batches(ids, sketch, block, t + 1)) for t in range(sketch.iterations)])
+    operator = held.local(np.unique(drawn[state.iteration if state else 0 :].numpy()), settings["l2"])
     g = sketch_matrix({w.name: w.size for w in coordinates.weights}, sketch, block).to(context.device)
-    operator = held.local(drawn, settings["l2"])
-    s = finish(sketch_columns(operator, g, ids, sketch, block, settings["largest"]))
+    s = take_turn(sketch_columns(operator, g, ids, sketch, block, settings["largest"], state), states, unit.key)
+    if s is None:
+        return Receipt(unit.key, unfinished=True)
     arrays = {name: part.float().cpu().contiguous() for name, part in coordinates.split(s).items()}
     written = put(context, settings, unit, unit.payload["key"], safetensors.torch.save(arrays))
-    return Receipt(unit.key, rows=len(drawn), bytes=written.size, objects=[asdict(written)])
+    states.clear()
+    return Receipt(unit.key, rows=len(drawn.unique()), bytes=written.size, objects=[asdict(written)])
+
+
+def _states(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> SolverStates:
+    """Return what saves a unit's states, while this worker's driver has the unit."""
+    folder = f"{unfinished_key(settings['label'])}/{unit.key}"
+    return SolverStates(context.run, folder, lambda: settings["claim"].check(context.run, unit.key))
 
 
 def gram_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> Receipt:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from actors.units import Receipt, Stage, Unit
@@ -102,7 +102,7 @@ class Limits:
     attempts: int = 3  # OSErrors of one unit
     kills: int = 3  # workers that one unit took down while others succeed
     in_flight: int = 2  # units per worker: one runs, one waits, so that no worker idles for a round trip
-    stall_seconds: float = 1800.0  # without any unit done
+    stall_seconds: float = 1800.0  # without any unit done or getting on
     max_bad_fraction: float = 0.001  # quarantined rows, of all rows of the stage
 
 
@@ -127,6 +127,7 @@ class Schedule:
         self.elsewhere: dict[str, Unit] = {}  # with other drivers, by key
         self.done = {unit.key for unit in stage.units if unit.key in done}
         self.done_here = self.done_elsewhere = 0  # units done since this object was made, here and by other drivers
+        self.seconds: dict[str, float] = {}  # spent so far on units that were given back unfinished
         self.attempts: dict[str, int] = {}
         self.kills: dict[str, int] = {}
         self.deaths_in_a_row = 0  # worker processes that died since a unit was last done
@@ -189,15 +190,23 @@ class Schedule:
 
     def _take_in_done(self, worker: str, receipt: Receipt) -> list[Instruction]:
         """Only the worker that holds a unit can finish it: a late answer of a lost one changes nothing."""
-        if self._remove(worker, receipt.unit) is None:
+        unit = self._remove(worker, receipt.unit)
+        if unit is None:
+            return []
+        self.deaths_in_a_row = 0
+        self.last_done = self.now
+        seconds = self.seconds.pop(unit.key, 0.0) + receipt.seconds
+        if receipt.unfinished:
+            self.seconds[unit.key] = seconds
+            self.attempts.pop(unit.key, None)  # it gets on: only what fails without getting on is given up
+            self.kills.pop(unit.key, None)
+            self.queue.appendleft(unit)
             return []
         self.done.add(receipt.unit)
         self.done_here += 1
-        self.deaths_in_a_row = 0
-        self.last_done = self.now
         self.rows += receipt.rows
         self.quarantined += receipt.quarantined.items()
-        return [Commit(receipt)]
+        return [Commit(replace(receipt, seconds=seconds))]
 
     def _take_in_elsewhere(self, unit: Unit, record: Mapping[str, Any] | None) -> None:
         if record is None:

@@ -20,7 +20,7 @@ from storage.locations import Location
 
 
 def make_columns(job: SolveJob, sketch: Sketch, largest: float, settings: dict[str, Any]) -> None:
-    """Let the workers find the columns that are not there. `settings`: ids and l2, as LiSSA's units have them."""
+    """Let the workers find the columns that are not there. `settings`: as LiSSA's units have them."""
     units = [Unit(_name(i), {"block": i, "key": _key(job.label, i)}) for i in range(len(sketch.blocks))]
     job.stage(f"sketch-{job.label}", "sketch", settings | {"sketch": sketch, "largest": largest}, units)
 

@@ -15,7 +15,7 @@ from actors import projected, sketch
 from actors.block_solver import BlockSolver
 from actors.projected import make_gram, solve_rows
 from actors.solve_job import SolveJob, figures_key
-from actors.states import SavedState, gradients_key, save_state, state_key
+from actors.states import SavedState, gradients_key, save_state, state_key, unfinished_key
 from engine.influence import per_example_loo
 from engine.methods.contract import QueryState
 from engine.methods.inverse import InverseCurvature
@@ -57,8 +57,9 @@ def solve(job: SolveJob) -> None:
         run.delete(key)  # of a driver that was killed here, or damaged
         run.create(key, content)
     job.notes.commit("state", {"objects": [asdict(ObjectRecord.of(key, content)) for key, content in data.items()]})
-    for key in [*run.list(f"states/{label}/solved"), *run.list(f"states/{label}/lissa")]:
-        run.delete(key)
+    for folder in (f"states/{label}/solved", f"states/{label}/lissa", unfinished_key(label)):
+        for key in run.list(folder):
+            run.delete(key)
 
 
 def keep_for_new(job: SolveJob) -> None:

@@ -1,25 +1,31 @@
-"""The state of a running solve on disk: the last two, as safetensors under journal/<stage>/solver.<n>.
+"""The state of a running solve on disk: the last two, under <folder>/solver.<n>: a SHA-256, then safetensors.
 
 A state is a dataclass of tensors and numbers (engine.solvers); it is named after what is solved, so that one of another
-block is never taken for it.
+block is never taken for it. The driver's solves keep theirs in journal/<stage>; a solve that is a unit of work keeps its
+own under states/<label>/unfinished/<unit>.
 """
 
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import fields
 from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from storage.locations import Location
 
 SECONDS = 60.0  # between two saved states
+TURN = 300.0  # seconds that a unit works on a solve before it gives it back
 _KEPT = 2
+_DIGEST = hashlib.sha256().digest_size
 
 State = TypeVar("State")
+Result = TypeVar("Result")
 
 
 class SolverStates:
@@ -28,43 +34,47 @@ class SolverStates:
     def __init__(
         self,
         run: Location,
-        stage: str,
+        folder: str,
         check: Callable[[], None] = lambda: None,  # raises if this driver has lost the run
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run, self._folder, self._check, self._clock = run, f"journal/{stage}", check, clock
+        self._run, self._folder, self._check, self.clock = run, folder, check, clock
         self._saved = clock()
 
-    def latest(self, solve: str, kind: type[State]) -> State | None:
-        """Return the last state saved of this solve; None if there is none."""
+    def latest(self, solve: str, kind: type[State], device: torch.device | str = "cpu") -> State | None:
+        """Return the last whole state saved of this solve; None if there is none."""
         for number in reversed(self._numbers()):
-            tensors = safetensors.torch.load(self._run.read(self._key(number)))
+            content = self._run.read(self._key(number))
+            if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
+                continue  # damaged: the one before costs a minute
+            tensors = safetensors.torch.load(content[_DIGEST:])
             if all(name.startswith(f"{solve}/") for name in tensors):
-                return kind(**{f.name: _value(tensors[f"{solve}/{f.name}"], f.type) for f in fields(kind)})  # type: ignore[arg-type]
+                found = {f.name: (tensors[f"{solve}/{f.name}"].to(device), f.type) for f in fields(kind)}  # type: ignore[arg-type]
+                return kind(**{name: _value(*value) for name, value in found.items()})
         return None
 
     def saver(self, solve: str) -> Callable[[Any], None]:
         """Return what sees every state of this solve and saves one a minute."""
 
         def see(state: Any) -> None:
-            if self._clock() - self._saved >= SECONDS:
-                self._save(solve, state)
-                self._saved = self._clock()
+            if self.clock() - self._saved >= SECONDS:
+                self.save(solve, state)
 
         return see
 
-    def clear(self) -> None:
-        """Delete all of the stage's states: their solves are done."""
-        for number in self._numbers():
-            self._run.delete(self._key(number))
-
-    def _save(self, solve: str, state: Any) -> None:
+    def save(self, solve: str, state: Any) -> None:
+        """Save a state of this solve now."""
         self._check()
         numbers = self._numbers()
-        arrays = {f"{solve}/{f.name}": np.ascontiguousarray(getattr(state, f.name)) for f in fields(state)}
-        data = safetensors.numpy.save(arrays)
-        self._run.create(self._key(max(numbers, default=-1) + 1), data)
+        data = safetensors.numpy.save({f"{solve}/{f.name}": _array(getattr(state, f.name)) for f in fields(state)})
+        self._run.create(self._key(max(numbers, default=-1) + 1), hashlib.sha256(data).digest() + data)
         for number in numbers[: 1 - _KEPT]:
+            self._run.delete(self._key(number))
+        self._saved = self.clock()
+
+    def clear(self) -> None:
+        """Delete all states of the folder: their solves are done."""
+        for number in self._numbers():
             self._run.delete(self._key(number))
 
     def _numbers(self) -> list[int]:
@@ -73,6 +83,24 @@ class SolverStates:
 
     def _key(self, number: int) -> str:
         return f"{self._folder}/solver.{number}"
+
+
+def take_turn(solver: Generator[Any, None, Result], states: SolverStates, solve: str) -> Result | None:
+    """Run a solver to its end and return its result; None once its turn is over, its state then being saved."""
+    began, see = states.clock(), states.saver(solve)
+    while True:
+        try:
+            state = next(solver)
+        except StopIteration as end:
+            return end.value
+        if states.clock() - began >= TURN:
+            states.save(solve, state)
+            return None
+        see(state)
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.ascontiguousarray(value.cpu() if isinstance(value, Tensor) else value)
 
 
 def _value(tensor: Tensor, kind: Any) -> Any:

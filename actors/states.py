@@ -27,6 +27,11 @@ def gradients_key(label: str, checkpoint: str) -> str:
     return f"states/{label}/gradients/{checkpoint}.safetensors"
 
 
+def unfinished_key(label: str) -> str:
+    """Return under what units of a solve keep their states while they are at work."""
+    return f"states/{label}/unfinished"
+
+
 def head_key(label: str) -> str:
     """Return where the last layer lies that was trained again for these scores."""
     return f"states/{label}/head.safetensors"

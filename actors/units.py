@@ -42,7 +42,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a worker sends back for a finished unit; as a dict it is the unit's done-record."""
+    """What a worker sends back for a unit; as a dict it is the done-record of a finished one."""
 
     unit: str  # the unit's key
     rows: int = 0  # rows looked at, quarantined ones included
@@ -53,12 +53,15 @@ class Receipt:
     quarantined: dict[int, str] = field(default_factory=dict)  # rows that were not finite: id, and where
     objects: list[dict[str, Any]] = field(default_factory=list)  # key, size and checksum of everything written
     worker: str = ""  # filled in by the pool
+    unfinished: bool = (
+        False  # what is done so far is saved by the unit, which is handed out again; nothing is committed
+    )
     value: Any = None  # a partial sum for the driver alone, never part of the done-record
 
     def record(self) -> dict[str, Any]:
         """Return the done-record: the receipt as JSON-ready values."""
         record = asdict(replace(self, value=None))
-        del record["value"]
+        del record["value"], record["unfinished"]
         return record | {"quarantined": {str(row): where for row, where in self.quarantined.items()}}
 
 

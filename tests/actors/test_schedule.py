@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -128,6 +129,34 @@ def test_the_last_units_are_handed_out_singly() -> None:
     schedule = make(4, workers=2)
     assert runs(schedule.handle([Ready("a"), Ready("b")])) == [("a", "u0"), ("b", "u1")]
     assert runs(schedule.handle([Done("b", receipt("u1"))])) == [("b", "u2")]
+
+
+def test_a_unit_that_gets_on_is_handed_out_again_and_never_stalls() -> None:
+    schedule = make(1)
+    schedule.handle([Ready("a")])
+    half = replace(receipt("u0"), seconds=2.0, unfinished=True)
+    for turn in range(1, 9):
+        now = Tick(turn * 1000.0)
+        assert schedule.handle([now, Done("a", half)]) == [Run("a", Unit("u0", {"start": 0, "stop": 10}))]
+    assert not schedule.done
+    assert not schedule.rows
+    whole = replace(receipt("u0"), seconds=1.0)
+    assert schedule.handle([Done("a", whole)]) == [Commit(replace(whole, seconds=17.0))], "the seconds of all turns"
+    assert schedule.finished
+
+
+def test_a_unit_is_given_up_only_for_what_happens_while_it_does_not_get_on() -> None:
+    limits = Limits(attempts=2, kills=2)
+    schedule = make(2, {"u1": {"rows": 10}}, limits)
+    schedule.handle([Ready("a")])
+    half = Done("a", replace(receipt("u0"), unfinished=True))
+    for _ in range(4):
+        [again] = schedule.handle([Failed("a", "u0", "OSError: SlowDown", "storage")])
+        assert isinstance(again, Run)
+        [again] = schedule.handle([half])
+        assert isinstance(again, Run)
+    schedule.handle([Failed("a", "u0", "OSError: SlowDown", "storage")])
+    stop_of(schedule.handle([Failed("a", "u0", "OSError: SlowDown", "storage")]))
 
 
 def test_ready_twice_changes_nothing() -> None:

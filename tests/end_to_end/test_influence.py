@@ -219,16 +219,46 @@ def test_a_killed_job_resumes_to_the_same_bits(
     assert not [key for key in again.location.list("journal/solve-scores") if "/solver." in key]
 
 
-def count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Note every curvature unit from now on."""
+@pytest.mark.parametrize("solver", ["lissa", "sketch"])
+def test_a_unit_that_takes_long_works_in_turns(
+    settings: Settings, tmp_path: Path, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn is one iteration here. A job killed between two of them does none again, and leaves the same bits."""
+    own = {"lissa": {"repetitions": 2}, "sketch": {"columns": 2}}
+    method = METHOD | {"solver": solver, "depth": 4, "query_block": 16} | own[solver]
+    small = {"gradients": WHOLE | {"modules": ["classifier"]}, "method": method}
+    monkeypatch.setattr(block_solver, "batch_scale", lambda *_: 50.0)  # measured, it takes most of the test
+    undisturbed = run_job(settings(run=str(tmp_path / "whole"), **small))
+    monkeypatch.setattr(solver_states, "TURN", 0.0)
+    turns = count(monkeypatch, solver)
+    in_turns = run_job(settings(run=str(tmp_path / "turns"), **small))
+    units = 2 if solver == "lissa" else 1
+    assert len(turns) == units * (4 + 1), "one a turn, and a last one that finds nothing left to do"
+    turns.clear()
+    with monkeypatch.context() as patch:
+        kill_in(solver, 3, patch)
+        with pytest.raises(Killed):
+            run_job(settings(**small))
+    assert [key for key in run_files(tmp_path / "run") if "/unfinished/" in key]
+    again = run_job(settings(**small))
+    assert len(turns) == units * (4 + 1)
+    assert digests(undisturbed, *ARTEFACTS) == digests(in_turns, *ARTEFACTS) == digests(again, *ARTEFACTS)
+
+
+def run_files(run: Path) -> list[str]:
+    return [str(path) for path in run.rglob("*") if path.is_file()]
+
+
+def count(monkeypatch: pytest.MonkeyPatch, function: str = "curvature") -> list[str]:
+    """Note every unit of this function from now on."""
     seen: list[str] = []
-    whole = worker.UNIT_FUNCTIONS["curvature"]
+    whole = worker.UNIT_FUNCTIONS[function]
 
     def counting(context: Any, settings: Any, unit: Any) -> Any:
         seen.append(unit.key)
         return whole(context, settings, unit)
 
-    monkeypatch.setitem(worker.UNIT_FUNCTIONS, "curvature", counting)
+    monkeypatch.setitem(worker.UNIT_FUNCTIONS, function, counting)
     return seen
 
 
