@@ -21,6 +21,7 @@ pytestmark = pytest.mark.cluster
 METHODS: dict[str, dict[str, Any]] = {
     "cg": METHOD | {"tolerance": 1e-6},
     "lissa": METHOD | {"solver": "lissa", "depth": 10},
+    "long lissa": METHOD | {"solver": "lissa", "depth": 60, "repetitions": 2, "query_block": 16},
     "sketch": METHOD | {"solver": "sketch", "columns": 5, "depth": 8},
     "fastif": {"name": "fastif", "neighbours": 6, "recall_sample": 5, "depth": 10, "repetitions": 2},
 }
@@ -91,6 +92,27 @@ def test_a_driver_killed_in_mid_solve_goes_on_from_its_saved_state(
     assert digests(Run.open(str(folder.run)), *ARTEFACTS) == expected["cg"]
     assert not list(folder.run.glob("journal/solve-scores/solver.*"))
     assert begun > 15
+
+
+def test_a_worker_killed_in_mid_repetition_goes_on_from_its_saved_state(
+    inputs: Path, tmp_path: Path, expected: dict[str, dict[str, bytes]]
+) -> None:
+    """Every iteration is a turn of its own, which any worker may take."""
+    folder = Folder.make(tmp_path, inputs)
+    job = yaml.safe_load((tmp_path / "job.yaml").read_text())
+    job |= {"gradients": job["gradients"] | WHOLE, "method": METHODS["long lissa"]}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    with (tmp_path / "config.py").open("a") as file:  # the task's module, which the workers import too
+        file.write("\n\nfrom actors import solver_states\n\nsolver_states.TURN = 0.0\n")
+    driver = folder.start()
+    unfinished = folder.run / "states/scores/unfinished"
+    drivers.wait_until(lambda: list(unfinished.glob("block-*/solver.9")), "a repetition's ninth saved state")
+    os.kill(tally(folder.gate)[-1][0], signal.SIGKILL)
+    status, said = driver.ends()
+    assert status == 0, said
+    run = Run.open(str(folder.run))
+    assert digests(run, *ARTEFACTS) == expected["long lissa"]
+    assert [event["stage"] for event in events(run) if event["kind"] == "lost"] == ["lissa-scores"]
 
 
 def products(gate: Path) -> int:
