@@ -122,6 +122,26 @@ def build_torch(factory: str) -> nn.Module:
     return model
 
 
+def start_torch(folder: Path | None, factory: str) -> nn.Module:
+    """Return a module to train: new weights, or a folder's wherever name and shape are the same.
+
+    Raises ValueError if none is.
+    """
+    model = build_torch(factory)
+    if folder is None:
+        return model
+    own = model.state_dict()
+    found = {name: tensor for name, tensor in read_state(folder).items() if name in own}
+    same = {name: tensor for name, tensor in found.items() if tensor.shape == own[name].shape}
+    if not same:
+        raise ValueError(
+            f"train.base={folder} has no weight of the name and shape of one of {type(model).__name__}: leave it out, or "
+            f"name the checkpoint of a model with the same lower layers."
+        )
+    model.load_state_dict(same, strict=False)
+    return model
+
+
 def load_torch(folder: Path, factory: str) -> nn.Module:
     """Return the module that `package.module:function` builds, with the state dict found in the folder."""
     model = build_torch(factory)

@@ -95,6 +95,18 @@ class QueriesSection(CorpusSection):
         return name
 
 
+class MinimumSection(Section):
+    """A training that ends at a minimum of its objective, as influence functions assume; all of it in float64."""
+
+    shorthand = "gradient_norm"
+    gradient_norm: float = Field(gt=0, description="length of the objective's gradient at which it ends")
+    l2: float = Field(0.0, ge=0, description="of ½ l2 ‖θ‖² in the objective, over the weights that train")
+    steps: int = Field(500, ge=1, description="of L-BFGS in one round")
+    rounds: int = Field(
+        6, ge=1, description="with a new Hessian each, where at most 16,384 weights train; beyond: none is made"
+    )
+
+
 class TrainSection(Section):
     """What launch/train.py does; without effect on scoring."""
 
@@ -114,9 +126,22 @@ class TrainSection(Section):
     trainable: list[str] = Field(["*"], description="globs over parameter names")
     checkpoints: int = Field(3, ge=1, description="how many to leave, evenly over the steps")
     seed: int = Field(0, ge=0, description="seed of weights, dropout, order and masks")
+    minimum: MinimumSection | None = Field(
+        None, description="after the epochs, on to a minimum over all examples: one more checkpoint; none: without"
+    )
     turnover: TurnOverSection | None = Field(
         None, description="turn-over dropout, which method turnover asks; none: without"
     )
+
+    @model_validator(mode="after")
+    def _alone(self) -> "TrainSection":
+        for name, value in (("workers", self.workers if self.workers > 1 else None), ("turnover", self.turnover)):
+            if self.minimum and value is not None:
+                raise ValueError(
+                    f"train.minimum and train.{name} are not allowed together: a minimum is sought by one process, over "
+                    f"all examples at once and without masks. Leave one out."
+                )
+        return self
 
     def settings(self) -> TrainSettings:
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainSettings)}

@@ -6,12 +6,14 @@ Each checkpoint is a folder `checkpoint-<step>` with weights and a trainer_state
 the form in which the Hugging Face Trainer leaves them. A training that was stopped goes on from its last checkpoint to the
 same bits: run the same command again. With train.workers above 1 so many Ray Train workers share every batch, on the cluster
 that the section `cluster` names or on this machine; the model is the one that a single process trains, to rounding.
+With train.minimum the last checkpoint is a minimum of the whole objective, in float64.
 """
 
 from launch.command import find_modules_here, run_command  # isort: split
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,11 +30,12 @@ from actors.context import cache_folder, make_task
 from actors.specs import ModelSpec, first_difference
 from actors.training import train_together
 from engine.limits import InputLimits, read_limits
+from engine.minimum import MeanLoss, minimise
 from engine.models import save_checkpoint
 from engine.tasks.contract import Task, encode, initialise
-from engine.training import ALONE, Group, Step, TrainState, train
+from engine.training import ALONE, Group, TrainSettings, TrainState, freeze, train
 from engine.turnover import TurnOver, under_own_masks
-from launch.config import Config, CorpusSection, load_config
+from launch.config import Config, CorpusSection, MinimumSection, load_config
 from launch.messages import plain_errors, tell
 from launch.paths import refuse_unseen_folder
 from launch.sources import content
@@ -84,7 +87,11 @@ def train_once(config: Config, output: Path, number: int, say: Callable[[str], N
     base = Location.parse(config.train.base).fetch(cache_folder()) if config.train.base else None
     spec = ModelSpec(config.task.name, config.task.settings, (), "float32", config.gradients.attention)
     task = make_task(spec, base, cache_folder())
-    model = initialise(task, base).to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with precision(config):
+        model = initialise(task, base).to(device)
+    if config.train.minimum:
+        model.double()
     limits = read_limits(base) if base else InputLimits(None, None)
     rows = training_rows(config.corpus, task, limits)
     settings = config.train.settings()
@@ -93,11 +100,14 @@ def train_once(config: Config, output: Path, number: int, say: Callable[[str], N
         settings = what_trains(model, config.train.turnover, settings, "trainable" in config.train.model_fields_set)
     loss = under_own_masks(masked.turnover, task.loss) if masked else task.loss
     per_epoch = -(-len(rows) // settings.batch_size)
-    state, log = resumed(output, task, model, say if first else lambda _: None)
+    epochs_end = settings.epochs * per_epoch
+    last = epochs_end + (config.train.minimum is not None)
+    with precision(config):
+        state, log = resumed(output, task, model, say if first else lambda _: None)
     if masked and first and not state:
         masked.look(settings)
     with Progress(console=Console(stderr=True), transient=True, disable=group.size > 1) as progress:
-        bar = progress.add_task("training", total=settings.epochs * per_epoch, completed=len(log))
+        bar = progress.add_task("training", total=epochs_end, completed=len(log))
         for step in train(model, loss, task.collate, rows, settings, state, group):
             log.append({"step": step.step, "epoch": step.epoch, "learning_rate": step.learning_rate, "loss": step.loss})
             progress.advance(bar)
@@ -105,9 +115,32 @@ def train_once(config: Config, output: Path, number: int, say: Callable[[str], N
                 masked.curves({"step": step.step, "epoch": step.epoch})
             if step.checkpoint and first:
                 folder = output / f"checkpoint-{step.step}"
-                save(model, task, folder, masked.turnover if masked else None, step)
-                finish(folder, log, step, settings.epochs * per_epoch, identity(config))
+                save(model, task, folder, masked.turnover if masked else None)
+                torch.save(vars(step.state()), folder / OPTIMIZER)
+                finish(folder, log, last, identity(config))
                 say(f"{folder.name}: epoch {step.epoch:.2f}, loss {recent(log):.4f}")
+    if config.train.minimum:
+        value, length = to_minimum(config.train.minimum, model, task, rows, settings)
+        log.append({"step": last, "epoch": settings.epochs, "loss": value, "gradient_norm": length})
+        folder = output / f"checkpoint-{last}"
+        save(model, task, folder, None)
+        finish(folder, log, last, identity(config))
+        say(f"{folder.name}: a minimum, objective {value:.6f}, gradient {length:.2g} long")
+
+
+def to_minimum(
+    wanted: MinimumSection, model: nn.Module, task: Task, rows: list[dict], settings: TrainSettings
+) -> tuple[float, float]:
+    """Move the weights that train to a minimum over all rows; return the objective there and its gradient's length."""
+    freeze(model.eval(), settings.trainable)
+    device = next(model.parameters()).device
+    parts = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    objective = MeanLoss(model, task.loss, [task.collate(part).to(device) for part in parts], wanted.l2, names)
+    x = minimise(objective, objective.weights, wanted.steps, wanted.rounds, wanted.gradient_norm)
+    objective.put(x)
+    value, gradient = objective.slope(x)
+    return value, float(gradient.norm())
 
 
 def with_masks(
@@ -140,8 +173,9 @@ def training_rows(section: CorpusSection, task: Task, limits: InputLimits) -> li
 
 def identity(config: Config) -> dict[str, Any]:
     """Return what a checkpoint's training must have in common with this one, for it to go on from there."""
+    tries = {"steps", "rounds"}  # after a minimum that was not reached, more may be tried
     return {
-        "train": config.train.model_dump(exclude={"output"}),
+        "train": config.train.model_dump(exclude={"output": True, "minimum": tries}),
         "task": config.task.model_dump(),
         "corpus": config.corpus.model_dump(exclude={"path"}) | {"content": content(config.corpus.path)},
     }
@@ -186,28 +220,37 @@ def resumed(
     return state, json.loads((last / STATE).read_text())["log_history"]
 
 
+@contextmanager
+def precision(config: Config) -> Iterator[None]:
+    """Let modules that are made here hold float64 where a minimum is sought, so that nothing they are given is rounded."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if config.train.minimum else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def recent(log: list[dict[str, Any]], steps: int = 50) -> float:
     """Return the mean loss of the last steps."""
     losses = [entry["loss"] for entry in log[-steps:]]
     return sum(losses) / len(losses)
 
 
-def save(model: nn.Module, task: Task, folder: Path, turnover: TurnOver | None, step: Step) -> None:
-    """Write weights, tokenizer, masks and what the training needs to go on."""
+def save(model: nn.Module, task: Task, folder: Path, turnover: TurnOver | None) -> None:
+    """Write weights, tokenizer and masks."""
     save_checkpoint(model, folder)
     tokenizer = getattr(task, "tokenizer", None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if turnover is not None:
         turnover.save(folder)
-    torch.save(vars(step.state()), folder / OPTIMIZER)
 
 
-def finish(folder: Path, log: list[dict[str, Any]], step: Step, last: int, training: dict[str, Any]) -> None:
-    """Write trainer_state.json, which comes last and says that the checkpoint is whole."""
-    state = {
-        "global_step": step.step, "max_steps": last, "epoch": step.epoch, "log_history": log, "training": training
-    }  # fmt: skip
+def finish(folder: Path, log: list[dict[str, Any]], last: int, training: dict[str, Any]) -> None:
+    """Write trainer_state.json, which comes last and says that the checkpoint is whole; `last`: the training's last step."""
+    step, epoch = log[-1]["step"], log[-1]["epoch"]
+    state = {"global_step": step, "max_steps": last, "epoch": epoch, "log_history": log, "training": training}
     write_whole(folder / STATE, json.dumps(state, indent=1))
 
 

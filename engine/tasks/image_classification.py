@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.batches import Batch, collate_ids
-from engine.models import build_torch, load_hugging_face, load_torch, needed, start_hugging_face
+from engine.models import load_hugging_face, load_torch, needed, start_hugging_face, start_torch
 from engine.tasks.labels import Labels
 from engine.tasks.text import targets, wide
 
@@ -45,7 +45,7 @@ class ImageClassification:
 
     def initialise(self, folder: Path | None) -> nn.Module:
         if self.factory:
-            return build_torch(self.factory)
+            return start_torch(folder, self.factory)
         from transformers import AutoModelForImageClassification
 
         return start_hugging_face(needed(folder), AutoModelForImageClassification)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.batches import Batch, collate_ids
-from engine.models import build_torch, load_hugging_face, load_torch, needed, start_hugging_face
+from engine.models import load_hugging_face, load_torch, needed, start_hugging_face, start_torch
 from engine.tasks.text import (
     cut_tokens,
     load_tokenizer,
@@ -55,7 +55,7 @@ class Regression:
 
     def initialise(self, folder: Path | None) -> nn.Module:
         if self.factory:
-            return build_torch(self.factory)
+            return start_torch(folder, self.factory)
         from transformers import AutoModelForSequenceClassification
 
         return start_hugging_face(needed(folder), AutoModelForSequenceClassification, num_labels=1)

@@ -5,7 +5,6 @@ or a random tenth, or none; both stages are done again and judged on test images
 the network, the wrong labels and the random tenth. Reported beside the paper's figures, which are CIFAR-10's.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,17 @@ from torch import Tensor
 from engine.batches import Batch
 from engine.counters import derive_key, permutation, words
 from engine.metrics import bootstrap_interval
+from engine.minimum import descend, scaling_of, settle
 from engine.multistage import fixed
 from launch.experiments.multistage_digits import (
     Objective,
     accuracy,
     adam,
-    descend,
     images,
     network,
     on_features,
     places,
     rows_of,
-    scaling_of,
-    settle,
 )
 from launch.experiments.multistage_stages import started
 from launch.experiments.plots import save
@@ -64,7 +61,7 @@ def run_seed(config: dict[str, Any], cell: str) -> dict[str, Any]:
     scaling, result = scaling_of(hessian), {}
     for arm, rows in chosen.items():
         kept = torch.from_numpy(np.setdiff1d(np.arange(len(given)), rows))
-        again = replace(pretraining, examples=rows_of(given, kept))
+        again = Objective(pretraining.model, rows_of(given, kept), stages["l2"])
         moved, _ = descend(again.slope, x, scaling, config["again_tolerance"], settings["steps"])
         joint, whole = finetuned(stages, pretraining, moved)
         test = images(stages, stages["finetuning"]["digits"], slice(*stages["finetuning"]["test"]))

@@ -23,18 +23,16 @@ from actors.context import cache_folder
 from actors.specs import digest
 from engine.batches import Batch
 from engine.counters import derive_key, permutation
+from engine.minimum import descend, scaling_of, settle
 from engine.multistage import Inverse, Parts, Shared, fixed, updated
 from launch.experiments.multistage_digits import (
     Objective,
     Pull,
     adam,
-    descend,
     images,
     network,
     on_features,
     places,
-    scaling_of,
-    settle,
 )
 from launch.experiments.subjects import ROOT
 
