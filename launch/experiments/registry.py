@@ -58,6 +58,7 @@ EXPERIMENTS = {
     "influence.sketch": "launch.experiments.influence_sketch:EXPERIMENT",
     "fastif.recall": "launch.experiments.fastif_recall:EXPERIMENT",
     "fastif.correlation": "launch.experiments.fastif_correlation:EXPERIMENT",
+    "multistage.ridge": "launch.experiments.multistage_ridge:EXPERIMENT",
     "multistage.fixed": "launch.experiments.multistage_fixed:EXPERIMENT",
     "fastif.speed": "launch.experiments.fastif_speed:EXPERIMENT",
     "fastif.speed-quality": "launch.experiments.fastif_quality:EXPERIMENT",

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from actors import multistage, solver_states
 from actors.score import load_scores
+from engine.tasks.causal_lm import CausalLM
 from engine.tasks.text_classification import TextClassification
 from launch.run import Run
 from tests import oracles
-from tests.conftest import randomise, tiny_bert
+from tests.conftest import randomise, tiny_bert, tiny_gpt2
 from tests.end_to_end.answers import dense, digests, everything
 from tests.end_to_end.conftest import Settings, Told, run_job, write_texts
 from tests.end_to_end.test_same_result import Killed, kill_in
@@ -153,6 +155,52 @@ def test_scores_and_both_parts_are_those_of_the_theorem(stages: Callable, models
     asked = run.top(2, k=1).to_pylist()[0]
     best = int(whole[:, 2].argmax())
     assert (asked["id"], asked["snippet"]) == (best, everything(run, "pretrain")[best]["text"])
+
+
+def test_from_a_causal_language_model_to_a_classifier(
+    stages: Callable, models: Path, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """W: the table of words, which the language model's head is tied to."""
+    language = tiny_gpt2()
+    settings = language.config.to_dict() | {"num_labels": 3, "pad_token_id": 0}
+    classifier = randomise(GPT2ForSequenceClassification(GPT2Config(**settings)))
+    classifier.transformer.load_state_dict(language.transformer.state_dict())
+    for model, name in ((language, "language"), (classifier, "classifier")):
+        model.save_pretrained(tmp_path / name)
+        for file in (tokenizer_folder / "wrapped").iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    words, last, head = (
+        ["transformer.wte.weight"],
+        ["transformer.ln_f.weight", "transformer.ln_f.bias"],
+        ["score.weight"],
+    )
+    pretrain = {
+        "task": {"name": "causal-lm", "settings": {"max_tokens": 8}}, "checkpoints": str(tmp_path / "language"),
+        "shared": {words[0]: words[0]}, "modules": ["transformer.ln_f"],
+    }  # fmt: skip
+    gradients = {"modules": ["score"], "projection": "none", "store": False, "token_budget": 1000}
+    few = {"corpus": {"path": str(models / "pretrain.jsonl"), "limit": 8}}
+    run = run_job(
+        stages({"query_block": 16}, pretrain | few, checkpoints=str(tmp_path / "classifier"), gradients=gradients)
+    )
+
+    def of(task: Any, name: str, queries: str, folder: str, names: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        model = task.build(tmp_path / folder).double().eval()
+        batches = [task.collate(everything(run, which)) for which in (name, queries)]
+        hessian = oracles.hessian(model, task.loss, batches[0], names) / len(batches[0])
+        rows = [oracles.flat(oracles.gradients(model, task.loss, batch), names) for batch in batches]
+        return hessian + (L2 + 1e-6) * torch.eye(len(hessian)), *rows
+
+    folders = {name: str(tmp_path / name) for name in ("language", "classifier")}
+    first = CausalLM(tokenizer=folders["language"], max_tokens=8)
+    second = TextClassification(tokenizer=folders["classifier"], model=folders["classifier"], max_tokens=16)
+    g_hessian, g, _ = of(first, "pretrain", "pretrain", "language", words + last)
+    f_hessian, _, f = of(second, "train", "asked", "classifier", words + head)
+    w = language.transformer.wte.weight.numel()
+    moved = -torch.linalg.solve(g_hessian, g.T)[:w]
+    theta = -torch.linalg.solve(f_hessian[w:, w:], f_hessian[w:, :w] @ moved)
+    whole = (-(f[:, w:] @ theta + f[:, :w] @ moved).T / len(g)).numpy()
+    assert np.abs(dense(run) - whole).max() <= 1e-5 * np.abs(whole).max()
 
 
 def test_a_summed_query_set_is_one_query_and_costs_two_solves(stages: Callable, models: Path) -> None:
