@@ -17,8 +17,10 @@ from transformers import (
 )
 
 from engine.memory import numbers_put_out
+from engine.methods.contract import Method, inverse_of
 from launch.footprint import Size
 from launch.probe import Probe, StageTime
+from launch.solve_time import assumed_solve, measured_solve, scored_share
 
 DEVICES = Path(__file__).resolve().parents[1] / "configs" / "cluster" / "devices.yaml"
 _MODELS: dict[str, Any] = {
@@ -33,7 +35,9 @@ def index_rows(rows: int, queries: int, top_k: int) -> int:
     return 2 * queries * min(2 * top_k, rows) + rows + queries
 
 
-def measured_seconds(probe: Probe, size: Size, scored: int, top_k: int, workers: int) -> dict[str, float]:
+def measured_seconds(
+    probe: Probe, size: Size, scored: int, top_k: int, workers: int, method: Method
+) -> dict[str, float]:
     """Return the seconds of every part of a job by so many workers like the probe's one.
 
     `scored`: the checkpoints that the method takes. Work grows with tokens or rows, and is spread; what a checkpoint costs
@@ -50,7 +54,11 @@ def measured_seconds(probe: Probe, size: Size, scored: int, top_k: int, workers:
     for kind, checkpoints in (("collect", size.checkpoints), ("compute", scored)):
         stage = stages.get(kind, none)
         work = stage.each * stage.units / probe.checkpoints * more_tokens
+        work *= scored_share(method, size) if kind == "compute" else 1.0
         found[kind] = checkpoints * (stage.once + _spread(work / len(size.shards), len(size.shards), workers))
+    if (inverse := inverse_of(method)) and probe.solve:
+        found["features"] = stages["features"].seconds * more_tokens / workers
+        found["solve"] = measured_solve(inverse, probe.solve, (probe.rows, probe.tokens), size, workers)
     score = stages.get("score", none)
     work = score.each * score.units * (size.rows / probe.rows) * (scored / probe.checkpoints) * more_queries
     found["score"] = score.once + _spread(work / len(size.shards), len(size.shards), workers)
@@ -113,22 +121,24 @@ def read_devices(names: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str,
 
 def assumed_seconds(
     size: Size, scored: int, top_k: int, flops: float, peak: float, row_bytes: float, weights: int,
-    assumed: Mapping[str, float], workers: int,
+    assumed: Mapping[str, float], workers: int, method: Method, columns: int,
 ) -> dict[str, float]:  # fmt: skip
     """Return the seconds of every part of a job on devices that nobody measured.
 
     `flops`: operations a token, `peak`: of the device, `row_bytes`: of a stored row (0: without a store). Computing and
-    writing overlap; without a store the pass is repeated for scoring.
+    writing overlap; without a store the pass is repeated for scoring. `columns`: of a stored row.
     """
     rate, tokens = peak * assumed["efficiency"], size.tokens
     passes = max(flops * tokens / rate, row_bytes * size.rows / assumed["storage"]) / workers
     asked = flops * tokens / size.rows * size.queries / rate
     read = row_bytes * size.rows * scored / assumed["storage"] / workers
     load = weights / assumed["storage"]
+    passed = passes if row_bytes else passes * scored_share(method, size)
     return {
         "start": assumed["start"],
-        "collect" if row_bytes else "compute": (size.checkpoints if row_bytes else scored) * (passes + load),
+        "collect" if row_bytes else "compute": (size.checkpoints if row_bytes else scored) * (passed + load),
         "prepare": (asked + load) * -(-scored // workers),
         "score": read,
         "index": index_rows(size.rows, size.queries, top_k) / assumed["index_rows"],
+        **assumed_solve(method, size, flops, rate, columns, workers),
     }

@@ -11,12 +11,15 @@ import torch
 
 from actors.context import cache_folder, make_task
 from actors.plan import shard_length
-from engine.methods.contract import Method
+from actors.solve import refuse_unfit
+from engine.coordinates import top_layers
+from engine.methods.contract import Method, inverse_of
 from engine.parameters import select_parameters
 from engine.projection import Projection, row_layout, unprojected_layout
 from launch.config import Config
 from launch.estimate import Shape, assumed_seconds, build_shape, index_rows, measured_seconds, read_devices
 from launch.footprint import Size, block_bytes, gradient_bytes, score_bytes, state_bytes
+from launch.influence import default_modules, solved_sizes
 from launch.probe import Probe, count, describe, take_probe
 from launch.sources import model_spec
 from storage.gradients import StoreSettings
@@ -83,12 +86,16 @@ def plan_by_probe(config: Config, method: Method) -> Plan:
     most = torch.cuda.device_count() if on_gpu else cores
     counts = sorted({1, most, *([chosen] if isinstance(chosen, int) else [])})
     times = [
-        Times(here, n, measured_seconds(probe, size, scored, top_k, n), memory, limit if on_gpu else limit // n)
+        Times(here, n, measured_seconds(probe, size, scored, top_k, n, method), memory, limit if on_gpu else limit // n)
         for n in ([1] if config.cluster.backend == "in-process" else counts)
     ]
+    if inverse := inverse_of(method):
+        refuse_unfit(inverse, solved_sizes(inverse, probe.seen), size.queries)
     sizes = probed_bytes(config, probe, size, scored, method)
     row_bytes = sizes["gradients"] / (size.rows * size.checkpoints)
-    times += figures(config, size, scored, 4.0 * probe.seen["model_size"], probe.seen["model_size"], row_bytes, memory)
+    columns = sum(probe.seen["arrays"].values())
+    flops, weights = 4.0 * probe.seen["model_size"], probe.seen["model_size"]
+    times += figures(config, size, method, flops, weights, row_bytes, columns, memory)
     return Plan(size, units(size, scored, stored), sizes, 0 if stored else block_bytes(size), times, probe)
 
 
@@ -118,7 +125,9 @@ def plan_by_shape(config: Config, method: Method) -> Plan:
         raise ValueError("plan.model needs plan.examples, plan.tokens and plan.queries besides: nothing is read then.")
     longest = int(config.task.settings.get("max_tokens") or -(-told.tokens // told.examples))
     shape = build_shape(config.task.name, told.model, longest)
-    parameters = select_parameters(shape.model, g.modules if isinstance(g.modules, list) else ["*"])
+    named = g.modules or default_modules(config)
+    patterns = named if isinstance(named, list) else top_layers(shape.model) if named == "top" else ["*"]
+    parameters = select_parameters(shape.model, patterns)
     whole = g.projection == "none" and not g.store
     layout = (
         unprojected_layout(parameters)
@@ -141,21 +150,26 @@ def plan_by_shape(config: Config, method: Method) -> Plan:
     }
     memory = device_memory(config, shape, size, columns)
     row_bytes = found["gradients"] / (size.rows * size.checkpoints)
-    times = figures(config, size, scored, shape.flops_a_token(), shape.size, row_bytes, memory)
+    times = figures(config, size, method, shape.flops_a_token(), shape.size, row_bytes, columns, memory)
+    if inverse := inverse_of(method):
+        whole_sizes = {p.name: p.size for p in parameters}
+        refuse_unfit(inverse, store.arrays if inverse.solver == "projected" else whole_sizes, size.queries)
     return Plan(size, units(size, scored, g.store), found, 0 if g.store else block_bytes(taken), times, None)
 
 
 def figures(
-    config: Config, size: Size, scored: int, flops: float, weights: int, row_bytes: float, memory: int
+    config: Config, size: Size, method: Method, flops: float, weights: int, row_bytes: float, columns: int, memory: int
 ) -> list[Times]:
     """Return the times on devices that are known by their public figures alone; `flops` are of one token."""
+    scored = len(method.checkpoints(size.checkpoints))
     devices, assumed = read_devices(config.plan.devices)
     compute, top_k = config.gradients.compute, config.output.top_k
     loaded = weights * (2 if compute == "bfloat16" else 4)
     return [
         Times(
             name, workers,
-            assumed_seconds(size, scored, top_k, flops, one["flops"][compute], row_bytes, loaded, assumed, workers),
+            assumed_seconds(size, scored, top_k, flops, one["flops"][compute], row_bytes, loaded, assumed, workers,
+                            method, columns),
             memory, int(one["gib"] * 2**30),
         )
         for name, one in devices.items()

@@ -15,8 +15,8 @@ from launch.job import score
 from launch.messages import tell
 from launch.online import Answer, Setting, with_labels
 from launch.run import Run
+from launch.stage_records import unit_seconds
 from storage.index import SIDES
-from storage.journal import Journal
 from storage.locations import Location
 
 QUERIES = "asked"  # name of a job's query set
@@ -54,17 +54,11 @@ def predicted_seconds(run: Location, scores: str) -> float | None:
     A solve counts with its λ_max and its first block of queries, all else as it was: a pass over the examples takes about
     as long for one query as for a few.
     """
-    own = [_seconds(run, f"{stage}-{scores}", "") for stage in _STAGES]
-    solve = [_seconds(run, f"solve-{scores}", unit) for unit in ("largest", "scale", "block-000000")]
-    units = _seconds(run, f"lissa-{scores}", "block-000000-")
+    own = [unit_seconds(run, f"{stage}-{scores}", "") for stage in _STAGES]
+    solve = [unit_seconds(run, f"solve-{scores}", unit) for unit in ("largest", "scale", "block-000000")]
+    units = unit_seconds(run, f"lissa-{scores}", "block-000000-")
     total = sum([*own, *solve, units])
     return total if total > 0 else None
-
-
-def _seconds(run: Location, stage: str, unit: str) -> float:
-    """Return the seconds of a stage's units whose names begin so."""
-    records = Journal(run, stage).done()
-    return float(sum(record.get("seconds", 0.0) for name, record in records.items() if name.startswith(unit)))
 
 
 def job_id(scores: str, rows: list[dict[str, Any]]) -> str:

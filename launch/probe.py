@@ -20,9 +20,11 @@ from actors.context import cache_folder, make_task
 from actors.progress import StageProgress
 from actors.units import Receipt
 from engine.memory import CPU_TOKENS
+from engine.methods.contract import Method, inverse_of, load_method
 from engine.tasks.contract import Task, encode
 from launch.config import Config, CorpusSection, make_config
 from launch.job import score
+from launch.solve_time import SolveTime, probe_settings, read_solve
 from launch.sources import model_spec
 from storage.gradients import SETTINGS_KEY, GradientStore, StoreSettings
 from storage.locations import Location
@@ -62,7 +64,8 @@ class Probe:
     queries: int
     checkpoints: int
     shard_rows: int
-    stages: dict[str, StageTime]  # ingest, start, collect, prepare, compute, score, other, index
+    stages: dict[str, StageTime]  # ingest, start, collect, prepare, features, compute, score, other, index
+    solve: SolveTime | None  # of a method with an inverse curvature
     bytes: dict[str, int]  # by folder of the run
     store: StoreSettings | None
     seen: dict[str, Any]  # what inspect found of the model
@@ -93,7 +96,7 @@ class Timeline:
     def progress(self) -> StageProgress:
         return StageProgress(Console(file=io.StringIO()), listen=self.listen)
 
-    def stages(self) -> dict[str, StageTime]:
+    def stages(self, solves: bool = False) -> dict[str, StageTime]:
         """Return the time of every part of the job, which must have ended by now; together they are all of it."""
         ended = self._now()
         by_kind = {name.partition("-")[0]: name for name in self.spans}
@@ -102,6 +105,11 @@ class Timeline:
         for kind in ("collect", "prepare", "compute", "score"):
             if kind in by_kind:
                 found[kind] = self._stage(by_kind[kind])
+        if solves:
+            begins = [self.spans[by_kind[kind]][0] for kind in ("compute", "score") if kind in by_kind]
+            features = sum(end - begin for name, (begin, end) in self.spans.items() if name.startswith("features-"))
+            found["features"] = StageTime(features)
+            found["solve"] = StageTime(min(begins) - self.spans[by_kind["prepare"]][1] - features)
         scored = self.spans[by_kind["score"]][1]
         found["index"] = StageTime(ended - scored)
         found["other"] = StageTime(ended - sum(stage.seconds for stage in found.values()))
@@ -147,16 +155,22 @@ def take_probe(config: Config, folder: Path) -> Probe:
     first = islice(read_records(config.corpus.path, split=config.corpus.split), FIRST)
     lengths = [_length(row) for record, _ in first for row in encode(task, record)]
     records = max(UNITS * 4, round(BATCHES * CPU_TOKENS * len(lengths) / max(1, sum(lengths))))
-    small = _small(config, model.checkpoints, folder / "run", min(records, config.corpus.limit or records))
+    method = load_method(config.method.name, config.method.settings())
+    inverse = inverse_of(method)
+    small = _small(config, method, model.checkpoints, folder / "run", min(records, config.corpus.limit or records))
     timeline = Timeline()
-    score(small, timeline.say, timeline.progress())
-    stages = timeline.stages()
+    label = score(small, timeline.say, timeline.progress())
+    stages = timeline.stages(solves=inverse is not None)
     run = Location.parse(small.run.uri)
-    return _read_probe(run, small, stages, timeline.peak_memory)
+    solve = read_solve(run, label, stages["solve"].seconds) if inverse else None
+    return _read_probe(run, small, stages, solve, timeline.peak_memory)
 
 
-def _small(config: Config, checkpoints: tuple[Any, ...], run: Path, records: int) -> Config:
-    """Return the job on so many records under the first and the last checkpoint, by one worker of this machine."""
+def _small(config: Config, method: Method, checkpoints: tuple[Any, ...], run: Path, records: int) -> Config:
+    """Return the job on so many records under the first and the last checkpoint, by one worker of this machine.
+
+    With an inverse curvature it has one block of queries.
+    """
     ends = {one.name: one for one in (checkpoints[0], checkpoints[-1])}.values()
     data = config.model_dump(exclude_unset=True)
     data["run"] = {"uri": str(run), "seed": config.run.seed}
@@ -164,13 +178,18 @@ def _small(config: Config, checkpoints: tuple[Any, ...], run: Path, records: int
     data["checkpoints"] = {"path": [{k: v for k, v in one.items() if v is not None} for one in listed]}
     data["corpus"] = data["corpus"] | {"limit": records}
     assert config.queries is not None
-    data["queries"] = data["queries"] | {"limit": min(config.queries.limit or QUERIES, QUERIES)}
+    inverse = inverse_of(method)
+    most = inverse.query_block if inverse else QUERIES
+    data["queries"] = data["queries"] | {"limit": min(config.queries.limit or most, most)}
+    data["method"] = {"name": config.method.name, **config.method.settings(), **probe_settings(method)}
     data["gradients"] = data.get("gradients", {}) | {"shard_rows": max(1, records // UNITS)}
     cluster = {"device": config.cluster.device, "backend": config.cluster.backend, "workers": 1, "address": "local"}
     return make_config(data | {"cluster": cluster})
 
 
-def _read_probe(run: Location, small: Config, stages: dict[str, StageTime], peak_memory: int) -> Probe:
+def _read_probe(
+    run: Location, small: Config, stages: dict[str, StageTime], solve: SolveTime | None, peak_memory: int
+) -> Probe:
     assert small.queries is not None
     segments = {name: _segments(run, name) for name in ("train", small.queries.name)}
     found = [key for key in run.list("stages") if key.endswith(".found.json")]
@@ -185,6 +204,7 @@ def _read_probe(run: Location, small: Config, stages: dict[str, StageTime], peak
         checkpoints=len(run.list("checkpoints")),
         shard_rows=small.gradients.shard_rows or 1,
         stages=stages,
+        solve=solve,
         bytes=sizes,
         store=GradientStore.open(run).settings if run.exists(SETTINGS_KEY) else None,
         seen=run.read_json(found[0]),

@@ -44,6 +44,12 @@ class LeasedJournal:
             say(f"{self.journal.stage}: damaged unit {unit} is made anew {how}")
 
 
+def unit_seconds(run: Location, stage: str, unit: str) -> float:
+    """Return the seconds of a stage's units whose names begin so."""
+    records = Journal(run, stage).done()
+    return float(sum(record.get("seconds", 0.0) for name, record in records.items() if name.startswith(unit)))
+
+
 def finish_index(job: IndexJob, lease: RunLease, neighbours: str, say: Callable[[str], None]) -> None:
     """Build what of the index is not there whole, and note its objects."""
     run, label = job.run, job.score.label

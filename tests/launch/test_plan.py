@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from engine.methods.fastif import FastIF
+from engine.methods.influence import Influence
+from engine.methods.tracin import TracIn
 from launch import estimate, forecast
 from launch.config import load_config, make_config
 from launch.estimate import assumed_seconds, index_rows, measured_seconds
@@ -17,6 +21,7 @@ from launch.forecast import Times
 from launch.job import score
 from launch.plan import plan, refuse_unfit
 from launch.probe import Probe, StageTime, count
+from launch.solve_time import SolveTime, assumed_solve, measured_solve, scored_share
 from storage.journal import Journal
 from storage.locations import Location
 from tests.end_to_end.conftest import QUERIES, ROWS, Settings
@@ -76,14 +81,14 @@ PROBE = Probe(
         "prepare": StageTime(4.0, units=2), "score": StageTime(1.7, each=0.2, once=0.1, units=8),
         "other": StageTime(0.0), "index": StageTime(1.0),
     },
-    bytes={}, store=None, seen={}, peak_memory=0,
+    solve=None, bytes={}, store=None, seen={}, peak_memory=0,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_times_grow_with_the_work_and_are_shared(workers: int) -> None:
     size = Size(rows=800, tokens=16_000, queries=20, checkpoints=3, shard_rows=100)
-    seconds = measured_seconds(PROBE, size, 3, 5, workers)
+    seconds = measured_seconds(PROBE, size, 3, 5, workers, TracIn())
     assert seconds["ingest"] == pytest.approx(0.9 * 820 / 90)
     assert seconds["start"] == 5.0
     # a token took 8 s / 800; 16,000 are under each checkpoint, which every worker also loads
@@ -96,7 +101,7 @@ def test_times_grow_with_the_work_and_are_shared(workers: int) -> None:
 
 def test_the_last_round_of_units_is_as_long_as_the_others() -> None:
     size = Size(rows=300, tokens=3000, queries=10, checkpoints=2, shard_rows=100)
-    alone, shared = (measured_seconds(PROBE, size, 2, 5, n)["collect"] for n in (1, 2))
+    alone, shared = (measured_seconds(PROBE, size, 2, 5, n, TracIn())["collect"] for n in (1, 2))
     assert alone == pytest.approx(2 * (2 + 30))
     assert shared == pytest.approx(2 * (2 + 20)), "three units by two workers take two rounds"
 
@@ -104,12 +109,12 @@ def test_the_last_round_of_units_is_as_long_as_the_others() -> None:
 def test_what_is_not_measured_follows_the_figures() -> None:
     size = Size(rows=100, tokens=1000, queries=10, checkpoints=2, shard_rows=10)
     assumed = {"efficiency": 0.5, "storage": 1e6, "index_rows": 100.0, "start": 7.0}
-    seconds = assumed_seconds(size, 1, 5, 1e6, 1e8, 1e4, 4_000_000, assumed, 2)
+    seconds = assumed_seconds(size, 1, 5, 1e6, 1e8, 1e4, 4_000_000, assumed, 2, TracIn(), 0)
     assert seconds["collect"] == pytest.approx(2 * (20 / 2 + 4))
-    slower = assumed_seconds(size, 1, 5, 1e6, 1e8, 1e6, 4_000_000, assumed, 2)
+    slower = assumed_seconds(size, 1, 5, 1e6, 1e8, 1e6, 4_000_000, assumed, 2, TracIn(), 0)
     assert slower["collect"] == pytest.approx(2 * (100 / 2 + 4)), "storage is what takes longest"
     assert seconds["score"] == pytest.approx(1e4 * 100 / 1e6 / 2)
-    without = assumed_seconds(size, 1, 5, 1e6, 1e8, 0, 4_000_000, assumed, 2)
+    without = assumed_seconds(size, 1, 5, 1e6, 1e8, 0, 4_000_000, assumed, 2, TracIn(), 0)
     assert without["compute"] == pytest.approx(20 / 2 + 4)
 
 
@@ -186,3 +191,93 @@ def test_a_long_corpus_is_counted_from_a_part(
     part = count(config.corpus, task)
     assert part.examples == ROWS
     assert part.tokens == pytest.approx(exact.tokens, rel=0.3)
+
+
+SOLVE = SolveTime(largest=3.0, scale=2.0, block=5.0, unit=4.0, rest=0.5)
+
+
+def test_a_descent_passes_over_the_examples_for_every_block_of_queries() -> None:
+    size = Size(rows=800, tokens=16_000, queries=40, checkpoints=1, shard_rows=100)  # twice the tokens a row
+    inverse = Influence(query_block=16).inverse
+    assert measured_solve(inverse, SOLVE, (80, 800), size, 1) == pytest.approx((3 + 5 * 3) * 10 * 2 + 2 + 0.5)
+    assert measured_solve(inverse, SOLVE, (80, 800), size, 4) == pytest.approx((3 + 5 * 3) * 10 * 2 / 4 + 2 + 0.5)
+    few = Influence(query_block=16, rows=160).inverse
+    assert measured_solve(few, SOLVE, (80, 800), size, 1) == pytest.approx((3 + 5 * 3) * 2 * 2 + 2 + 0.5)
+
+
+def test_repetitions_and_columns_do_not_grow_with_the_corpus() -> None:
+    inverse = Influence(solver="lissa", depth=1000, repetitions=4).inverse
+    alone = SolveTime(0.0, 0.0, 0.0, unit=4.0, rest=0.0)  # 50 iterations
+    small, large = (Size(rows, 10 * rows, 32, 1, 100) for rows in (800, 80_000))
+    assert measured_solve(inverse, alone, (80, 800), small, 1) == pytest.approx(4 * 20 * 4 * 2)
+    assert measured_solve(inverse, alone, (80, 800), large, 3) == pytest.approx(4 * 20 * 3)
+    columns = Influence(solver="sketch", depth=2000, columns=256).inverse
+    assert measured_solve(columns, alone, (80, 800), large, 1) == pytest.approx(4 * 40 * 16)
+
+
+def test_candidates_alone_are_scored() -> None:
+    size = Size(rows=100_000, tokens=10**6, queries=10, checkpoints=1, shard_rows=1000)
+    assert scored_share(FastIF(neighbours=900, recall_sample=100), size) == pytest.approx(0.1)
+    assert scored_share(FastIF(neighbours=900, recall_sample=100, anchors=True), size) == pytest.approx(0.01)
+    assert scored_share(Influence(), size) == 1.0
+    stages = PROBE.stages | {"compute": StageTime(20.0, each=1.0, once=2.0, units=16), "features": StageTime(1.0)}
+    probe = replace(PROBE, stages=stages, solve=SOLVE)
+    near, every = (
+        measured_seconds(probe, size, 1, 5, 1, method)["compute"]
+        for method in (FastIF(neighbours=900, recall_sample=100), Influence())
+    )
+    assert near - 2 == pytest.approx((every - 2) / 10)
+
+
+def test_solves_that_nobody_measured() -> None:
+    size = Size(rows=1000, tokens=10_000, queries=10, checkpoints=1, shard_rows=100)
+    one = 10 * 2 * 1e6 / 1e9  # seconds of a product of one example with one vector
+    found = {
+        name: assumed_solve(method, size, 1e6, 1e9, 64, 2)
+        for name, method in {
+            "cg": Influence(max_iterations=100), "lissa": Influence(solver="lissa", depth=50),
+            "sketch": Influence(solver="sketch", depth=10, columns=32), "projected": Influence(solver="projected"),
+            "fastif": FastIF(depth=50), "tracin": TracIn(),
+        }.items()
+    }  # fmt: skip
+    assert found["cg"]["solve"] == pytest.approx((30 * 1000 + 100 * 10 * 1000) * one / 2)
+    assert found["lissa"]["solve"] == pytest.approx((30 * 1000 + 50 * 4 * 10) * one / 2)
+    assert found["sketch"]["solve"] == pytest.approx((30 * 1000 + 2 * 10 * 32 * 32) * one / 2)
+    assert found["projected"]["solve"] < 0.1
+    assert found["fastif"] == found["lissa"] | {"features": pytest.approx(10_000 * 1e6 / 2 / 1e9 / 2)}
+    assert found["tracin"] == {}
+
+
+WHOLE = {"gradients": {"modules": ["classifier"], "projection": "none", "store": False}}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "influence", "tolerance": 0.1}, {"name": "influence", "solver": "lissa", "depth": 200},
+        {"name": "fastif", "neighbours": 6, "recall_sample": 5, "depth": 200},
+    ],
+    ids=["cg", "lissa", "fastif"],
+)  # fmt: skip
+def test_a_solve_is_a_part_of_the_plan(settings: Settings, method: dict[str, Any]) -> None:
+    made = plan(make_config(settings(**WHOLE, method=method)))
+    here = made.times[0].seconds
+    assert here["solve"] > 0
+    assert (here["features"] > 0) == (method["name"] == "fastif")
+    assert made.probe is not None
+    assert made.probe.solve is not None
+    if method.get("depth"):
+        assert here["solve"] >= 4 * 4 * made.probe.solve.unit, "four repetitions, four times as deep as the probe's"
+
+
+def test_a_solve_that_the_driver_cannot_hold_is_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ["method.name=influence", "gradients.projection=none", "gradients.norms=false", "gradients.store=false"]
+    with pytest.raises(
+        ValueError, match=r"solving for 1000 queries, 16 at a time, over .* weights needs .* GiB on the"
+    ):
+        plan(load_config(str(BILLION), whole))
+    top = plan(load_config(str(BILLION), [*whole, "gradients.modules=null", "plan.queries=1", "method.query_block=1"]))
+    assert top.times[0].seconds["solve"] > 0
+    monkeypatch.setattr("actors.solve.psutil.virtual_memory", lambda: SimpleNamespace(available=100))
+    with pytest.raises(ValueError, match="on the driver, of which 0.00 GiB are free: choose fewer gradients.modules"):
+        forecast.refuse_unfit(Influence().inverse, {"w": 1000}, 3)
