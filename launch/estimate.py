@@ -20,7 +20,7 @@ from engine.memory import numbers_put_out
 from engine.methods.contract import Method, inverse_of
 from launch.footprint import Size
 from launch.probe import Probe, StageTime
-from launch.solve_time import assumed_solve, measured_solve, scored_share
+from launch.solve_time import assumed_solve, measured_solve, part_name, scored_share
 
 DEVICES = Path(__file__).resolve().parents[1] / "configs" / "cluster" / "devices.yaml"
 _MODELS: dict[str, Any] = {
@@ -58,7 +58,7 @@ def measured_seconds(
         found[kind] = checkpoints * (stage.once + _spread(work / len(size.shards), len(size.shards), workers))
     if (inverse := inverse_of(method)) and probe.solve:
         found["features"] = stages["features"].seconds * more_tokens / workers
-        found["solve"] = measured_solve(inverse, probe.solve, (probe.rows, probe.tokens), size, workers)
+        found[part_name(inverse)] = measured_solve(inverse, probe.solve, (probe.rows, probe.tokens), size, workers)
     score = stages.get("score", none)
     work = score.each * score.units * (size.rows / probe.rows) * (scored / probe.checkpoints) * more_queries
     found["score"] = score.once + _spread(work / len(size.shards), len(size.shards), workers)

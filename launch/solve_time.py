@@ -14,6 +14,9 @@ from launch.stage_records import unit_seconds
 from storage.locations import Location
 
 DEPTH = 50  # iterations that a probe makes of LiSSA and of a sketch
+STEPS = 3  # that it makes of a descent, whose end no small job foretells
+ROWS = 64  # examples that estimate its curvature
+DESCENTS = ("cg", "squared-cg")
 POWER = 30  # products that λ_max takes, about
 PRODUCT = 2  # a curvature product takes so many times a forward and an activation-only backward pass
 
@@ -29,13 +32,22 @@ class SolveTime:
     rest: float  # all else
 
 
+def part_name(inverse: InverseCurvature) -> str:
+    """Return what a plan calls the solve: a descent's time is a bound, as if no query converged before the last step."""
+    return "solve, at most" if inverse.solver in DESCENTS else "solve"
+
+
 def probe_settings(method: Method) -> dict[str, Any]:
-    """Return which of the method's settings a probe takes instead of the job's: one repetition, few iterations."""
+    """Return which of the method's settings a probe takes instead of the job's: few examples and iterations."""
     inverse = inverse_of(method)
-    if inverse is None or inverse.solver not in ("lissa", "sketch"):
+    if inverse is None or inverse.solver == "projected":
         return {}
-    less = {"repetitions": 1} if inverse.solver == "lissa" else {"columns": min(inverse.columns, inverse.query_block)}
-    return {"depth": min(inverse.depth, DEPTH), **less}
+    less: dict[str, dict[str, Any]] = {
+        "lissa": {"repetitions": 1, "depth": min(inverse.depth, DEPTH)},
+        "sketch": {"columns": min(inverse.columns, inverse.query_block), "depth": min(inverse.depth, DEPTH)},
+        **{descent: {"max_iterations": min(inverse.max_iterations, STEPS)} for descent in DESCENTS},
+    }
+    return less.get(inverse.solver, {}) | {"rows": min(inverse.rows or ROWS, ROWS)}
 
 
 def read_solve(run: Location, label: str, seconds: float) -> SolveTime:
@@ -51,20 +63,24 @@ def measured_solve(
     """Return the seconds of a job's solve by so many workers; `probe`: the rows and tokens of what `solve` was."""
     rows, tokens = probe
     longer = (size.tokens / size.rows) / (tokens / rows)
-    more = sampled(inverse, size.rows) / sampled(inverse, rows) * longer
+    few = rows if inverse.solver == "projected" else min(inverse.rows or ROWS, ROWS, rows)
+    more = sampled(inverse, size.rows) / few * longer
     blocks = -(-size.queries // inverse.query_block)
     deeper = longer * inverse.depth / min(inverse.depth, DEPTH)
     units = {"lissa": inverse.repetitions * blocks, "sketch": -(-inverse.columns // inverse.query_block)}
     alone = solve.unit * deeper * -(-units.get(inverse.solver, 0) // workers)
     if inverse.solver == "projected":
         return solve.rest * more / workers  # the sum over all stored rows is nearly all of it
-    return (solve.largest + solve.block * blocks) * more / workers + solve.scale + alone + solve.rest
+    steps = 1.0
+    if inverse.solver in DESCENTS:  # and one product more for the true residual
+        steps = (inverse.max_iterations + 1) / (min(inverse.max_iterations, STEPS) + 1)
+    return (solve.largest + solve.block * steps * blocks) * more / workers + solve.scale + alone + solve.rest
 
 
 def assumed_solve(
     method: Method, size: Size, flops: float, rate: float, columns: int, workers: int
 ) -> dict[str, float]:
-    """Return the seconds of a solve on devices that nobody measured, by part: a descent's are the most that it may take.
+    """Return the seconds of a solve on devices that nobody measured, by part.
 
     `flops`: of a forward and an activation-only backward pass, a token; `rate`: of a device; `columns`: of a stored row.
     """
@@ -81,7 +97,7 @@ def assumed_solve(
             drawn = 2 * inverse.depth * inverse.batch * inverse.columns
         case _:  # exact takes few weights and no more products than these
             drawn = rows * inverse.max_iterations * size.queries
-    found = {"solve": (POWER * rows + drawn) * tokens * PRODUCT * flops / rate / workers}
+    found = {part_name(inverse): (POWER * rows + drawn) * tokens * PRODUCT * flops / rate / workers}
     return found | ({"features": size.tokens * flops / 2 / rate / workers} if nearest else {})
 
 
