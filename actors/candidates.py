@@ -27,11 +27,15 @@ def find_candidates(
     folder: str, nearest: Nearest, seed: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Return candidates [Q, k] by distance and probes [Q, s], int64, −1 where there are fewer, and `others` [Q]: of how
-    many the probes were drawn.
+    many the probes were drawn. Raises FloatingPointError for queries whose features are not finite.
 
     `pieces` and `asked` are the payloads of the features' units, `folder` is where they left them.
     """
     vectors = np.concatenate([part for _, part in read_features(run, queries, asked, folder)])
+    if len(bad := np.flatnonzero(~np.isfinite(vectors).all(1))):
+        raise FloatingPointError(
+            f"features of queries {bad[:5].tolist()} are not finite, so nothing is near: leave them out"
+        )
     if nearest.anchors:
         vectors = vectors.mean(0, keepdims=True)
     own = own_ids(train, queries)
@@ -83,7 +87,7 @@ def read_features(
 
 def search_nearest(
     shards: Iterator[tuple[np.ndarray, np.ndarray]],  # ids [n], features [n, H]; NaN: left out
-    vectors: np.ndarray,  # float32 [Q, H]
+    vectors: np.ndarray,  # float32 [Q, H], finite
     k: int,
 ) -> np.ndarray:  # int64 [Q, k]
     """Return the ids of the nearest by L2 distance, nearest first, ties by id; −1 where there are fewer. Exact."""

@@ -141,6 +141,10 @@ def select_parameters(model: nn.Module, patterns: Iterable[str]) -> list[Paramet
     found, unsupported = supported_parameters(model)
     by_name = {parameter.name: parameter for parameter in found}
     chosen = matching(model, patterns)
+    if not chosen:
+        raise ValueError(
+            "gradients.modules is an empty list: name at least one module, or leave it out for the default"
+        )
     skipped = sorted(chosen & set(unsupported))
     if skipped:
         warnings.warn(f"no per-example gradients for {', '.join(skipped[:5])} ({len(skipped)} in all)", stacklevel=2)

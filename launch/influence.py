@@ -19,7 +19,7 @@ from actors.solve_job import figures_key
 from actors.specs import GradientSpec, ScoreSpec, declare_stage, digest
 from engine.knn import faiss_module
 from engine.methods.contract import Method, inverse_of, load_method, nearest_of
-from engine.methods.inverse import InverseCurvature
+from engine.methods.inverse import InverseCurvature, without_effect
 from launch.config import Config
 from launch.stage_records import LeasedJournal
 from storage.corpus import Corpus
@@ -38,9 +38,14 @@ def default_modules(config: Config) -> str:
     return "top" if inverse and inverse.solver != "projected" else "changed"
 
 
-def check_rows(method: Method, config: Config) -> None:
-    """Refuse rows that a method with an inverse curvature cannot score. Raises ValueError saying which it can."""
+def check_rows(method: Method, config: Config, say: Callable[[str], None]) -> None:
+    """Refuse rows that a method with an inverse curvature cannot score, and say which of its settings have no effect.
+
+    Raises ValueError saying which it can.
+    """
     inverse, g, name = inverse_of(method), config.gradients, config.method.name
+    if inverse and (idle := without_effect(inverse.solver, config.method.settings())):
+        say(f"warning: {', '.join(f'method.{one}' for one in idle)}: without effect on method.solver={inverse.solver}")
     if nearest_of(method):
         faiss_module()
     if inverse is None:

@@ -100,7 +100,7 @@ def score(config: Config, say: Callable[[str], None] = tell, progress: StageProg
         raise ValueError("queries is missing: say which predictions are asked about, for example queries: test.jsonl")
     model, folders = model_spec(config, say)
     check_method(method, model, config)
-    check_rows(method, config)
+    check_rows(method, config, say)
     check_forward(method, config, model, folders, say)
     task = make_task(model, folders[0], cache_folder())
     stages = open_stages(config, model, folders, task, say)

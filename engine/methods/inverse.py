@@ -4,7 +4,7 @@ A method that needs one has the property `inverse` (contract.py); the stage betw
 relative to the curvature's own size, and made absolute where that is known, or absolute as the papers give it.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,11 @@ from engine.stochastic_solvers import Lissa, Sketch, sketch_step
 DAMPING = {"cg": 0.01, "exact": 0.01, "squared-cg": 1e-4, "lissa": 0.1, "sketch": 0.01, "projected": 0.1}
 BATCHES = {"lissa": 1, "sketch": 32}  # examples of a random batch
 _OF_SQUARE = ("squared-cg", "sketch")  # solve with H² + λI
+_DESCENTS, _DRAWN = ("cg", "squared-cg"), ("lissa", "sketch")
+USED_BY = {  # settings that only some solvers read
+    "tolerance": _DESCENTS, "max_iterations": _DESCENTS, "depth": _DRAWN, "batch_size": _DRAWN, "repetitions": ("lissa",),
+    "lissa_scale": ("lissa",), "columns": ("sketch",),
+}  # fmt: skip
 STATES: dict[str, type] = {"cg": CgState, "squared-cg": CgState, "exact": ExactState}  # of what `start` returns
 
 
@@ -61,6 +66,11 @@ class InverseCurvature:
         damping = self.absolute(largest)
         step = sketch_step(scale, damping)
         return Sketch(damping, step, self.columns, self.query_block, self.depth, self.batch, seed)
+
+
+def without_effect(solver: str, given: Iterable[str]) -> list[str]:
+    """Return which of these settings the solver does not read."""
+    return [name for name in given if solver not in USED_BY.get(name, (solver,))]
 
 
 def one_damping(relative: float | None, absolute: float | None) -> None:

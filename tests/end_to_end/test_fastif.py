@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from actors import candidates as candidates_
 from actors import worker
 from actors.candidates import search_nearest
 from actors.score import load_scores
@@ -109,6 +110,38 @@ def test_a_query_is_not_its_own_candidate_but_its_duplicates_are(settings: Setti
     assert {"twin-1", "twin-2"} <= set(near[0])
     assert "r1000" not in near[0]
     assert len(near[0]) == 6
+
+
+MUTANTS: dict[str, tuple[str, Any]] = {
+    "the query itself": ("own_ids", lambda train, queries: {}),
+    "no duplicates": ("own_ids", lambda train, queries: {0: np.arange(train.rows - 3, train.rows)}),
+    "rows for ids": ("search_nearest", lambda shards, vectors, k: np.tile(np.arange(k), (len(vectors), 1))),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_seen(settings: Settings, tmp_path: Path, mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates_, *MUTANTS[mutant])
+    with pytest.raises(AssertionError):
+        if mutant == "rows for ids":
+            test_candidates_follow_the_examples_not_their_places(settings, tmp_path)
+        else:
+            test_a_query_is_not_its_own_candidate_but_its_duplicates_are(settings, tmp_path)
+
+
+def test_features_that_are_not_finite_are_named(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = candidates_.read_features
+
+    def spoiled(run: Any, corpus: Any, *given: Any) -> Any:
+        for ids, features in whole(run, corpus, *given):
+            yield (
+                ids,
+                np.where(np.arange(len(ids))[:, None] == 1, np.nan, features) if corpus.rows == QUERIES else features,
+            )
+
+    monkeypatch.setattr(candidates_, "read_features", spoiled)
+    with pytest.raises(FloatingPointError, match=r"features of queries \[1\] are not finite"):
+        fast_job(settings)
 
 
 def test_anchors_share_the_neighbours_of_their_mean(settings: Settings) -> None:

@@ -11,8 +11,11 @@ import torch
 from actors import block_solver, operator, solve, solver_states, worker
 from actors.solve import refuse_unfit
 from engine import influence
+from engine.methods.contract import load_method
 from engine.methods.inverse import InverseCurvature
 from engine.stochastic_solvers import Lissa, lissa_batches
+from launch.config import make_config
+from launch.influence import check_rows
 from launch.run import Run
 from tests.end_to_end.answers import Matrices, dense, digests, matrices, self_influence
 from tests.end_to_end.conftest import Settings, Told, run_job
@@ -260,6 +263,21 @@ def count(monkeypatch: pytest.MonkeyPatch, function: str = "curvature") -> list[
 
     monkeypatch.setitem(worker.UNIT_FUNCTIONS, function, counting)
     return seen
+
+
+def test_settings_of_another_solver_are_said_to_have_no_effect(settings: Settings) -> None:
+    def said(method: dict[str, Any]) -> list[str]:
+        config, told = make_config(settings(gradients=WHOLE, method={"name": "influence"} | method)), list[str]()
+        check_rows(load_method(config.method.name, config.method.settings()), config, told.append)
+        return told
+
+    assert said({"depth": 5, "lissa_scale": 2.0, "tolerance": 0.1}) == [
+        "warning: method.depth, method.lissa_scale: without effect on method.solver=cg"
+    ]
+    assert said({"solver": "sketch", "columns": 4, "repetitions": 2}) == [
+        "warning: method.repetitions: without effect on method.solver=sketch"
+    ]
+    assert said({"solver": "lissa", "depth": 5, "lissa_scale": 2.0, "batch_size": 2, "repetitions": 1}) == []
 
 
 def test_running_again_solves_nothing(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

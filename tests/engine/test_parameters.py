@@ -117,3 +117,8 @@ def test_changed_parameters_names_what_training_moved():
     before = {"a": torch.zeros(2), "b": torch.zeros(2), "n": torch.tensor(1)}
     after = {"a": torch.zeros(2), "b": torch.tensor([0.0, 1e-9]), "n": torch.tensor(2), "new": torch.ones(1)}
     assert changed_parameters(before, after) == ["b"]
+
+
+def test_an_empty_list_of_modules_is_refused() -> None:
+    with pytest.raises(ValueError, match="gradients.modules is an empty list: name at least one module"):
+        select_parameters(ToyMlp(), [])

@@ -88,6 +88,28 @@ def test_squared_cg_is_its_filter_on_an_indefinite_matrix(damping: float) -> Non
     assert found.converged.all()
 
 
+def test_the_squared_system_needs_its_second_product_and_its_target(caught: Callable) -> None:
+    b = right()
+    truth = filtered(DEFINITE, b, lambda mu: mu / (mu**2 + 0.05))
+
+    def compare() -> None:
+        found = finish(squared_gradient(one(DEFINITE), b, 0.05, 1.0, tolerance=1e-12))
+        assert oracles.relative_error(found.x, truth) < 1e-10
+
+    whole, calls = solvers.applied, [0]
+
+    def once(operator: MatrixOperator, block: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Leave out every second product of the squared system: H + λI in the place of H² + λI."""
+        calls[0] += 1
+        return whole(operator, block, ids) if calls[0] % 2 else block
+
+    def untargeted(operator: MatrixOperator, block: Tensor, ids: Tensor | None = None) -> Tensor:
+        return block if block is b else whole(operator, block, ids)
+
+    caught(compare, solvers, "applied", once)
+    caught(compare, solvers, "applied", untargeted)
+
+
 def test_the_squared_filter_keeps_the_sign_of_an_eigenvalue_and_peaks_at_the_root_of_the_damping() -> None:
     mu = torch.linspace(-1, 1, P, dtype=torch.float64)
     gain = finish(squared_gradient(one(torch.diag(mu)), torch.ones(P, 1).double(), 1e-2, 1.0, 1e-13)).x[:, 0]
