@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from launch.config import describe_config, load_config
+from launch.config import load_config
+from launch.describe import describe_config
 from launch.job import score
 from launch.messages import plain_errors
 from storage.index import ScoreIndex

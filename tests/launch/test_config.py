@@ -5,7 +5,8 @@ import pytest
 
 from engine.methods.contract import METHODS
 from engine.tasks.contract import BUILT_IN
-from launch.config import describe_config, load_config, make_config
+from launch.config import load_config, make_config
+from launch.describe import describe_config
 
 LEAST: dict[str, Any] = {"run": "runs/a", "corpus": "train.jsonl", "queries": "test.jsonl"}
 
