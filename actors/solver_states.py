@@ -8,6 +8,7 @@ own under states/<label>/unfinished/<unit>.
 import hashlib
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from storage.locations import Location
+from storage.locations import Location, ObjectConflict
 
 SECONDS = 60.0  # between two saved states
 TURN = 300.0  # seconds that a unit works on a solve before it gives it back
@@ -44,7 +45,10 @@ class SolverStates:
     def latest(self, solve: str, kind: type[State], device: torch.device | str = "cpu") -> State | None:
         """Return the last whole state saved of this solve; None if there is none."""
         for number in reversed(self._numbers()):
-            content = self._run.read(self._key(number))
+            try:
+                content = self._run.read(self._key(number))
+            except FileNotFoundError:
+                continue  # deleted since by a worker that was given up and has not ended
             if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
                 continue  # damaged: the one before costs a minute
             tensors = safetensors.torch.load(content[_DIGEST:])
@@ -67,7 +71,8 @@ class SolverStates:
         self._check()
         numbers = self._numbers()
         data = safetensors.numpy.save({f"{solve}/{f.name}": _array(getattr(state, f.name)) for f in fields(state)})
-        self._run.create(self._key(max(numbers, default=-1) + 1), hashlib.sha256(data).digest() + data)
+        with suppress(ObjectConflict):  # the same worker's: its state serves as well
+            self._run.create(self._key(max(numbers, default=-1) + 1), hashlib.sha256(data).digest() + data)
         for number in numbers[: 1 - _KEPT]:
             self._run.delete(self._key(number))
         self._saved = self.clock()

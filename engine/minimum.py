@@ -21,6 +21,7 @@ STALLED = 1e4  # times the tolerance: how near plain steps are tried
 FLOOR = 1e-6  # least eigenvalue that a step is scaled by
 
 Slope = Callable[[Tensor], tuple[float, Tensor]]  # value and gradient
+Seen = Callable[[float], None]  # is told the gradient's length
 
 
 class MeanLoss:
@@ -73,43 +74,55 @@ class MeanLoss:
         """Return the whole matrix at x, which the model then holds."""
         self.put(x)
         curvature = Curvature(self.model, self.loss, self.space, "hessian", torch.float64)
-        parts = torch.eye(len(x), dtype=torch.float64).split(COLUMNS, 1)
-        columns = [curvature.total([(batch, None) for batch in self.batches], part) for part in parts]
+        unit = torch.eye(len(x), dtype=torch.float64, device=x.device)
+        columns = [curvature.total([(batch, None) for batch in self.batches], part) for part in unit.split(COLUMNS, 1)]
         matrix = torch.cat(columns, 1) / self.count
-        return (matrix + matrix.T) / 2 + self.l2 * torch.eye(len(x), dtype=torch.float64)
+        return (matrix + matrix.T) / 2 + self.l2 * unit
 
 
-def minimise(objective: MeanLoss, x: Tensor, steps: int, rounds: int, tolerance: float) -> Tensor:
+def minimise(
+    objective: MeanLoss, x: Tensor, steps: int, rounds: int, tolerance: float, each: Seen = lambda length: None
+) -> Tensor:
     """Return where the gradient is at most tolerance long: a minimum, unless x is too long for a whole Hessian to be made.
 
     Raises FloatingPointError if that is not reached.
     """
     if len(x) <= MAX_EXACT:
-        return settle(objective, x, steps, rounds, tolerance)[0]
-    for _ in range(rounds):
+        return settle(objective, x, steps, rounds, tolerance, each)[0]
+    for _ in range(rounds + 1):
         x, _ = descend(objective.slope, x, None, tolerance, steps)
         left = float(objective.slope(x)[1].norm())
+        each(left)
         if left <= tolerance:
             return x
     raise FloatingPointError(_missed(rounds, steps, left, tolerance))
 
 
-def settle(objective: MeanLoss, x: Tensor, steps: int, rounds: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Return a minimum, where the gradient is at most tolerance long, and the Hessian there.
+def settle(
+    objective: MeanLoss, x: Tensor, steps: int, rounds: int, tolerance: float, each: Seen = lambda length: None
+) -> tuple[Tensor, Tensor]:
+    """Return a minimum, where the gradient is at most tolerance long, and the Hessian there; `each` sees every length.
 
     L-BFGS from x, then L-BFGS in coordinates in which the Hessian, its eigenvalues made positive, is the identity. Raises
-    FloatingPointError if that ends elsewhere, with a negative eigenvalue or a longer gradient.
+    FloatingPointError if that ends elsewhere, with a negative eigenvalue or a longer gradient. An eigenvalue of 0, to
+    rounding, is none: logits may all rise by the same.
     """
     x, _ = descend(objective.slope, x, None, tolerance, steps)
-    for _ in range(rounds):
-        matrix = objective.hessian(x)
-        lowest, left = float(torch.linalg.eigvalsh(matrix)[0]), float(objective.slope(x)[1].norm())
-        if lowest > 0 and left <= tolerance:
+    for last in (*(False for _ in range(rounds)), True):
+        matrix, left = objective.hessian(x), float(objective.slope(x)[1].norm())
+        each(left)
+        mu = torch.linalg.eigvalsh(matrix)
+        lowest, zero = float(mu[0]), len(x) * torch.finfo(x.dtype).eps * float(mu.abs().max())
+        if lowest >= -zero and left <= tolerance:
             return x, matrix
-        x, _ = descend(objective.slope, x, scaling_of(matrix), tolerance, steps)
-    raise FloatingPointError(
-        f"{_missed(rounds, steps, left, tolerance)} The Hessian's least eigenvalue is {lowest:.2g}."
-    )
+        if not last:
+            x, _ = descend(objective.slope, x, scaling_of(matrix), tolerance, steps)
+    if left <= tolerance:
+        raise FloatingPointError(
+            f"no minimum: the gradient is {left:.2g} long, but the Hessian has an eigenvalue of {lowest:.2g}. Start "
+            f"elsewhere (more epochs, another seed), or take a larger l2."
+        )
+    raise FloatingPointError(_missed(rounds, steps, left, tolerance))
 
 
 def _missed(rounds: int, steps: int, left: float, tolerance: float) -> str:

@@ -130,9 +130,7 @@ def start_torch(folder: Path | None, factory: str) -> nn.Module:
     model = build_torch(factory)
     if folder is None:
         return model
-    own = model.state_dict()
-    found = {name: tensor for name, tensor in read_state(folder).items() if name in own}
-    same = {name: tensor for name, tensor in found.items() if tensor.shape == own[name].shape}
+    same = same_weights(model, folder)
     if not same:
         raise ValueError(
             f"train.base={folder} has no weight of the name and shape of one of {type(model).__name__}: leave it out, or "
@@ -140,6 +138,13 @@ def start_torch(folder: Path | None, factory: str) -> nn.Module:
         )
     model.load_state_dict(same, strict=False)
     return model
+
+
+def same_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Return those tensors of a folder that the model has under the same name and in the same shape."""
+    own = model.state_dict()
+    found = {name: tensor for name, tensor in read_state(folder).items() if name in own}
+    return {name: tensor for name, tensor in found.items() if tensor.shape == own[name].shape}
 
 
 def load_torch(folder: Path, factory: str) -> nn.Module:

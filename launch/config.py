@@ -92,7 +92,6 @@ class QueriesSection(CorpusSection):
 class MinimumSection(Section):
     """A training that ends at a minimum of its objective, as influence functions assume; all of it in float64."""
 
-    shorthand = "gradient_norm"
     gradient_norm: float = Field(gt=0, description="length of the objective's gradient at which it ends")
     l2: float = Field(0.0, ge=0, description="of ½ l2 ‖θ‖² in the objective, over the weights that train")
     steps: int = Field(500, ge=1, description="of L-BFGS in one round")
@@ -106,7 +105,7 @@ class TrainSection(Section):
 
     output: str | None = Field(None, description="folder for the checkpoints; default: checkpoints.path")
     base: str | None = Field(
-        None, description="model folder to start from; none for a torch module made by its factory"
+        None, description="model folder to start from; a torch module takes from it what has the same name and shape"
     )
     epochs: int = Field(3, ge=1, description="passes over the corpus")
     batch_size: int = Field(32, ge=1, description="examples a step, whatever the number of workers")

@@ -121,12 +121,12 @@ def read_devices(names: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str,
 
 def assumed_seconds(
     size: Size, scored: int, top_k: int, flops: float, peak: float, row_bytes: float, weights: int,
-    assumed: Mapping[str, float], workers: int, method: Method, columns: int,
+    assumed: Mapping[str, float], workers: int, method: Method, solved: int,
 ) -> dict[str, float]:  # fmt: skip
     """Return the seconds of every part of a job on devices that nobody measured.
 
     `flops`: operations a token, `peak`: of the device, `row_bytes`: of a stored row (0: without a store). Computing and
-    writing overlap; without a store the pass is repeated for scoring. `columns`: of a stored row.
+    writing overlap; without a store the pass is repeated for scoring. `solved`: numbers of a query that a solve has.
     """
     rate, tokens = peak * assumed["efficiency"], size.tokens
     passes = max(flops * tokens / rate, row_bytes * size.rows / assumed["storage"]) / workers
@@ -140,5 +140,5 @@ def assumed_seconds(
         "prepare": (asked + load) * -(-scored // workers),
         "score": read,
         "index": index_rows(size.rows, size.queries, top_k) / assumed["index_rows"],
-        **assumed_solve(method, size, flops, rate, columns, workers),
+        **assumed_solve(method, size, flops, rate, solved, workers),
     }

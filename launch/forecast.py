@@ -93,9 +93,9 @@ def plan_by_probe(config: Config, method: Method) -> Plan:
         refuse_unfit(inverse, solved_sizes(inverse, probe.seen), size.queries)
     sizes = probed_bytes(config, probe, size, scored, method)
     row_bytes = sizes["gradients"] / (size.rows * size.checkpoints)
-    columns = sum(probe.seen["arrays"].values())
+    solved = sum(solved_sizes(inverse, probe.seen).values()) if inverse else 0
     flops, weights = 4.0 * probe.seen["model_size"], probe.seen["model_size"]
-    times += figures(config, size, method, flops, weights, row_bytes, columns, memory)
+    times += figures(config, size, method, flops, weights, row_bytes, solved, memory)
     return Plan(size, units(size, scored, stored), sizes, 0 if stored else block_bytes(size), times, probe)
 
 
@@ -150,15 +150,17 @@ def plan_by_shape(config: Config, method: Method) -> Plan:
     }
     memory = device_memory(config, shape, size, columns)
     row_bytes = found["gradients"] / (size.rows * size.checkpoints)
-    times = figures(config, size, method, shape.flops_a_token(), shape.size, row_bytes, columns, memory)
+    solved = {p.name: p.size for p in parameters}
     if inverse := inverse_of(method):
-        whole_sizes = {p.name: p.size for p in parameters}
-        refuse_unfit(inverse, store.arrays if inverse.solver == "projected" else whole_sizes, size.queries)
+        solved = store.arrays if inverse.solver == "projected" else solved
+        refuse_unfit(inverse, solved, size.queries)
+    flops, numbers = shape.flops_a_token(), sum(solved.values())
+    times = figures(config, size, method, flops, shape.size, row_bytes, numbers, memory)
     return Plan(size, units(size, scored, g.store), found, 0 if g.store else block_bytes(taken), times, None)
 
 
 def figures(
-    config: Config, size: Size, method: Method, flops: float, weights: int, row_bytes: float, columns: int, memory: int
+    config: Config, size: Size, method: Method, flops: float, weights: int, row_bytes: float, solved: int, memory: int
 ) -> list[Times]:
     """Return the times on devices that are known by their public figures alone; `flops` are of one token."""
     scored = len(method.checkpoints(size.checkpoints))
@@ -169,7 +171,7 @@ def figures(
         Times(
             name, workers,
             assumed_seconds(size, scored, top_k, flops, one["flops"][compute], row_bytes, loaded, assumed, workers,
-                            method, columns),
+                            method, solved),
             memory, int(one["gib"] * 2**30),
         )
         for name, one in devices.items()

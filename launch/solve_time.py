@@ -33,21 +33,27 @@ class SolveTime:
 
 
 def part_name(inverse: InverseCurvature) -> str:
-    """Return what a plan calls the solve: a descent's time is a bound, as if no query converged before the last step."""
-    return "solve, at most" if inverse.solver in DESCENTS else "solve"
+    """Return what a plan calls the solve: a descent's time is a bound, as if no query converged before the last
+    step, and so is a whole matrix's, as if its eigenvalues took as much longer as its products.
+    """
+    return "solve, at most" if inverse.solver in (*DESCENTS, "exact") else "solve"
 
 
 def probe_settings(method: Method) -> dict[str, Any]:
-    """Return which of the method's settings a probe takes instead of the job's: few examples and iterations."""
+    """Return which of the method's settings a probe takes instead of the job's: few examples and iterations.
+
+    And a large λ, with which no solver fails on few examples that would not on all.
+    """
     inverse = inverse_of(method)
     if inverse is None or inverse.solver == "projected":
         return {}
     less: dict[str, dict[str, Any]] = {
         "lissa": {"repetitions": 1, "depth": min(inverse.depth, DEPTH)},
         "sketch": {"columns": min(inverse.columns, inverse.query_block), "depth": min(inverse.depth, DEPTH)},
-        **{descent: {"max_iterations": min(inverse.max_iterations, STEPS)} for descent in DESCENTS},
+        **{one: {"max_iterations": min(inverse.max_iterations, STEPS), "tolerance": 1e-12} for one in DESCENTS},
     }
-    return less.get(inverse.solver, {}) | {"rows": min(inverse.rows or ROWS, ROWS)}
+    safe = {"damping": 10.0, "damping_absolute": None} | ({"lissa_scale": None} if inverse.scale else {})
+    return less.get(inverse.solver, {}) | safe | {"rows": min(inverse.rows or ROWS, ROWS)}
 
 
 def read_solve(run: Location, label: str, seconds: float) -> SolveTime:
@@ -77,12 +83,11 @@ def measured_solve(
     return (solve.largest + solve.block * steps * blocks) * more / workers + solve.scale + alone + solve.rest
 
 
-def assumed_solve(
-    method: Method, size: Size, flops: float, rate: float, columns: int, workers: int
-) -> dict[str, float]:
+def assumed_solve(method: Method, size: Size, flops: float, rate: float, solved: int, workers: int) -> dict[str, float]:
     """Return the seconds of a solve on devices that nobody measured, by part.
 
-    `flops`: of a forward and an activation-only backward pass, a token; `rate`: of a device; `columns`: of a stored row.
+    `flops`: of a forward and an activation-only backward pass, a token; `rate`: of a device; `solved`: numbers of a query
+    that is solved for, columns of a stored row or weights.
     """
     inverse, nearest = inverse_of(method), nearest_of(method)
     if inverse is None:
@@ -90,13 +95,15 @@ def assumed_solve(
     rows, tokens = sampled(inverse, size.rows), size.tokens / size.rows
     match inverse.solver:  # examples times vectors that products are made with
         case "projected":
-            return {"solve": (2 * size.rows * columns**2 / workers + columns**3) / rate}
+            return {"solve": (2 * size.rows * solved**2 / workers + solved**3) / rate}
         case "lissa":
             drawn = inverse.depth * inverse.batch * inverse.repetitions * size.queries
         case "sketch":
             drawn = 2 * inverse.depth * inverse.batch * inverse.columns
-        case _:  # exact takes few weights and no more products than these
-            drawn = rows * inverse.max_iterations * size.queries
+        case "exact":  # the whole matrix for every block of queries
+            drawn = rows * solved * -(-size.queries // inverse.query_block)
+        case _:
+            drawn = rows * inverse.max_iterations * size.queries * (2 if inverse.solver == "squared-cg" else 1)
     found = {part_name(inverse): (POWER * rows + drawn) * tokens * PRODUCT * flops / rate / workers}
     return found | ({"features": size.tokens * flops / 2 / rate / workers} if nearest else {})
 

@@ -31,7 +31,7 @@ from actors.specs import ModelSpec, first_difference
 from actors.training import train_together
 from engine.limits import InputLimits, read_limits
 from engine.minimum import MeanLoss, minimise
-from engine.models import save_checkpoint
+from engine.models import same_weights, save_checkpoint
 from engine.tasks.contract import Task, encode, initialise
 from engine.training import ALONE, Group, TrainSettings, TrainState, freeze, train
 from engine.turnover import TurnOver, under_own_masks
@@ -92,6 +92,8 @@ def train_once(config: Config, output: Path, number: int, say: Callable[[str], N
         model = initialise(task, base).to(device)
     if config.train.minimum:
         model.double()
+    if first and base and not (base / "config.json").exists():
+        say(taken_over(model, base))
     limits = read_limits(base) if base else InputLimits(None, None)
     rows = training_rows(config.corpus, task, limits)
     settings = config.train.settings()
@@ -120,8 +122,10 @@ def train_once(config: Config, output: Path, number: int, say: Callable[[str], N
                 finish(folder, log, last, identity(config))
                 say(f"{folder.name}: epoch {step.epoch:.2f}, loss {recent(log):.4f}")
     if config.train.minimum:
-        value, length = to_minimum(config.train.minimum, model, task, rows, settings)
-        log.append({"step": last, "epoch": settings.epochs, "loss": value, "gradient_norm": length})
+        value, length = to_minimum(config.train.minimum, model, task, rows, settings, say)
+        log.append(  # no step of SGD comes from here, so TracIn gives it no weight
+            {"step": last, "epoch": settings.epochs, "learning_rate": 0.0, "loss": value, "gradient_norm": length}
+        )
         folder = output / f"checkpoint-{last}"
         save(model, task, folder, None)
         finish(folder, log, last, identity(config))
@@ -129,15 +133,20 @@ def train_once(config: Config, output: Path, number: int, say: Callable[[str], N
 
 
 def to_minimum(
-    wanted: MinimumSection, model: nn.Module, task: Task, rows: list[dict], settings: TrainSettings
-) -> tuple[float, float]:
+    wanted: MinimumSection, model: nn.Module, task: Task, rows: list[dict], settings: TrainSettings,
+    say: Callable[[str], None],
+) -> tuple[float, float]:  # fmt: skip
     """Move the weights that train to a minimum over all rows; return the objective there and its gradient's length."""
     freeze(model.eval(), settings.trainable)
     device = next(model.parameters()).device
     parts = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     objective = MeanLoss(model, task.loss, [task.collate(part).to(device) for part in parts], wanted.l2, names)
-    x = minimise(objective, objective.weights, wanted.steps, wanted.rounds, wanted.gradient_norm)
+
+    def each(length: float) -> None:
+        say(f"seeking a minimum: the gradient is {length:.2g} long, asked is {wanted.gradient_norm:.2g}")
+
+    x = minimise(objective, objective.weights, wanted.steps, wanted.rounds, wanted.gradient_norm, each)
     objective.put(x)
     value, gradient = objective.slope(x)
     return value, float(gradient.norm())
@@ -173,9 +182,11 @@ def training_rows(section: CorpusSection, task: Task, limits: InputLimits) -> li
 
 def identity(config: Config) -> dict[str, Any]:
     """Return what a checkpoint's training must have in common with this one, for it to go on from there."""
-    tries = {"steps", "rounds"}  # after a minimum that was not reached, more may be tried
+    ours = config.train.model_dump(exclude={"output": True, "minimum": {"steps", "rounds"}})  # more may be tried
+    if config.train.minimum is None:
+        del ours["minimum"]  # which earlier versions did not know
     return {
-        "train": config.train.model_dump(exclude={"output": True, "minimum": tries}),
+        "train": ours,
         "task": config.task.model_dump(),
         "corpus": config.corpus.model_dump(exclude={"path"}) | {"content": content(config.corpus.path)},
     }
@@ -229,6 +240,15 @@ def precision(config: Config) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def taken_over(model: nn.Module, base: Path) -> str:
+    """Return which of a torch module's weights its base gave, and which are new."""
+    names = list(model.state_dict())
+    same = same_weights(model, base)
+    new = [name for name in names if name not in same]
+    shown = ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
+    return f"{len(same)} of {len(names)} tensors are the base's; new: {shown or 'none'}"
 
 
 def recent(log: list[dict[str, Any]], steps: int = 50) -> float:

@@ -101,3 +101,15 @@ def test_a_turn_ends_with_its_state_saved_and_the_next_one_goes_on(run: Location
     assert results == [None, None, None, 7]
     states.clear()
     assert not run.list("unfinished")
+
+
+def test_a_worker_that_was_given_up_and_its_replacement_do_not_disturb_each_other(
+    run: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (SolverStates(run, "unfinished/u") for _ in range(2))
+    new.save("u", cg_state(5))
+    monkeypatch.setattr(old, "_numbers", lambda: [])  # it listed before the other one wrote
+    old.save("u", cg_state(3))
+    assert same(new.latest("u", CgState), cg_state(5))
+    monkeypatch.setattr(new, "_numbers", lambda: [0, 7])  # listed, and deleted since
+    assert same(new.latest("u", CgState), cg_state(5))

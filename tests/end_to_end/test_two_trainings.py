@@ -15,6 +15,7 @@ from launch.config import make_config
 from launch.job import score
 from launch.run import Run
 from launch.train import train_model
+from storage.checkpoints import find_checkpoints
 from tests import oracles
 from tests.end_to_end.answers import dense, events
 from tests.end_to_end.test_layers import MNIST
@@ -78,7 +79,9 @@ def trained(folder: Path) -> tuple[Path, Path]:
     """Train both stages; return their last checkpoints."""
     train_model(make_config(pretraining(folder)), quiet)
     base = last(folder / "pretrain")
-    train_model(make_config(finetuning(folder, base)), quiet)
+    said: list[str] = []
+    train_model(make_config(finetuning(folder, base)), said.append)
+    assert said[0] == "4 of 6 tensors are the base's; new: head.weight, head.bias"
     return base, last(folder / "finetune")
 
 
@@ -196,7 +199,10 @@ def test_a_training_killed_before_its_minimum_goes_on_to_the_same_bits(
     said: list[str] = []
     train_model(make_config(config), said.append)
     assert said[0] == "going on from checkpoint-9"
-    assert "checkpoint-10: a minimum, objective" in said[1]
+    assert said[1].startswith("seeking a minimum: the gradient is ")
+    assert "checkpoint-10: a minimum, objective" in said[-1]
+    ends = find_checkpoints(str(tmp_path / "finetune"))
+    assert [one.learning_rate for one in ends] == [0.01, 0.0], "no step of SGD comes from a minimum"
     files = [tmp_path / name / "checkpoint-10/model.safetensors" for name in ("whole", "finetune")]
     assert files[0].read_bytes() == files[1].read_bytes()
     with pytest.raises(ValueError, match="already holds checkpoints"):

@@ -21,7 +21,7 @@ from launch.forecast import Times
 from launch.job import score
 from launch.plan import plan, refuse_unfit
 from launch.probe import Probe, StageTime, count
-from launch.solve_time import SolveTime, assumed_solve, measured_solve, scored_share
+from launch.solve_time import SolveTime, assumed_solve, measured_solve, probe_settings, scored_share
 from storage.journal import Journal
 from storage.locations import Location
 from tests.end_to_end.conftest import QUERIES, ROWS, Settings
@@ -237,11 +237,16 @@ def test_solves_that_nobody_measured() -> None:
         name: assumed_solve(method, size, 1e6, 1e9, 64, 2)
         for name, method in {
             "cg": Influence(max_iterations=100), "lissa": Influence(solver="lissa", depth=50),
+            "squared-cg": Influence(solver="squared-cg", max_iterations=100), "exact": Influence(solver="exact"),
             "sketch": Influence(solver="sketch", depth=10, columns=32), "projected": Influence(solver="projected"),
             "fastif": FastIF(depth=50), "tracin": TracIn(),
         }.items()
     }  # fmt: skip
     assert found["cg"]["solve, at most"] == pytest.approx((30 * 1000 + 100 * 10 * 1000) * one / 2)
+    assert found["squared-cg"]["solve, at most"] == pytest.approx((30 * 1000 + 2 * 100 * 10 * 1000) * one / 2)
+    assert found["exact"]["solve, at most"] == pytest.approx((30 * 1000 + 64 * 1000) * one / 2), (
+        "a product for every weight"
+    )
     assert found["lissa"]["solve"] == pytest.approx((30 * 1000 + 50 * 4 * 10) * one / 2)
     assert found["sketch"]["solve"] == pytest.approx((30 * 1000 + 2 * 10 * 32 * 32) * one / 2)
     assert found["projected"]["solve"] < 0.1
@@ -265,6 +270,7 @@ def test_a_solve_is_a_part_of_the_plan(settings: Settings, method: dict[str, Any
     here = made.times[0].seconds
     solve = "solve" if method.get("depth") else "solve, at most"
     assert here[solve] > 0
+    score(make_config(settings(**WHOLE, method=method)), lambda _: None)  # what plan lets pass runs
     assert (here["features"] > 0) == (method["name"] == "fastif")
     assert made.probe is not None
     assert made.probe.solve is not None
@@ -283,3 +289,21 @@ def test_a_solve_that_the_driver_cannot_hold_is_refused(settings: Settings, monk
     monkeypatch.setattr("actors.solve.psutil.virtual_memory", lambda: SimpleNamespace(available=100))
     with pytest.raises(ValueError, match="on the driver, of which 0.00 GiB are free: choose fewer gradients.modules"):
         forecast.refuse_unfit(Influence().inverse, {"w": 1000}, 3)
+
+
+def test_a_hessian_that_is_indefinite_on_few_examples_is_planned() -> None:
+    """The probe's own λ is large: what it times does not depend on it, and whether the job's is enough the job will say."""
+    given = Influence(curvature="hessian", damping_absolute=0.01, max_iterations=50)
+    assert probe_settings(given) == {
+        "damping": 10.0, "damping_absolute": None, "rows": 64, "max_iterations": 3, "tolerance": 1e-12
+    }  # fmt: skip
+    scaled = probe_settings(Influence(solver="lissa", lissa_scale=1.0, depth=10, rows=20))
+    assert scaled == {
+        "repetitions": 1,
+        "depth": 10,
+        "damping": 10.0,
+        "damping_absolute": None,
+        "lissa_scale": None,
+        "rows": 20,
+    }
+    assert probe_settings(Influence(solver="projected")) == probe_settings(TracIn()) == {}

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ def test_a_finished_training_is_never_written_over(training: dict[str, Any]) -> 
         train_model(make_config(training), quiet)
     other = training | {"train": training["train"] | {"output": f"{folder}-2"}}
     assert train_model(make_config(other), quiet) == Path(f"{folder}-2")
+
+
+def test_a_training_that_an_earlier_version_stopped_goes_on(training: dict[str, Any]) -> None:
+    """Earlier versions did not know train.minimum, and do not have it in what they say of a training."""
+    folder = train_model(make_config(training), quiet)
+    shutil.rmtree(folder / "checkpoint-6")
+    file = folder / "checkpoint-3/trainer_state.json"
+    assert "minimum" not in json.loads(file.read_text())["training"]["train"]
+    said: list[str] = []
+    train_model(make_config(training), said.append)
+    assert said[0] == "going on from checkpoint-3"
 
 
 @pytest.mark.parametrize(
