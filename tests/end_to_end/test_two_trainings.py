@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from engine import minimum
 from engine.tasks.image_classification import ImageClassification
 from launch import train
 from launch.config import make_config
@@ -210,8 +211,9 @@ def test_a_training_killed_before_its_minimum_goes_on_to_the_same_bits(
 
 
 def test_a_minimum_that_is_not_reached_is_said_and_may_be_tried_again_with_more_steps(
-    both: Path, tmp_path: Path
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(minimum, "PIECE", 1)
     few = {"gradient_norm": TOLERANCE, "l2": L2, "steps": 1, "rounds": 1}
     config = head_alone(tmp_path, both, minimum=few)
     with pytest.raises(
