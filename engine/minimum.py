@@ -109,8 +109,9 @@ def settle(
     """
     x, _ = descend(objective.slope, x, None, tolerance, steps)
     for last in (*(False for _ in range(rounds)), True):
-        matrix, left = objective.hessian(x), float(objective.slope(x)[1].norm())
+        left = float(objective.slope(x)[1].norm())
         each(left)
+        matrix = objective.hessian(x)
         mu = torch.linalg.eigvalsh(matrix)
         lowest, zero = float(mu[0]), len(x) * torch.finfo(x.dtype).eps * float(mu.abs().max())
         if lowest >= -zero and left <= tolerance:
