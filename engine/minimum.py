@@ -164,21 +164,23 @@ def descend(
     for _ in range(-(-steps // PIECE)):
         search.step(closure)
         x = here()
-        if length <= STALLED * tolerance:
+        if scaling is None and float(slope(x)[1].norm()) <= tolerance:
+            return x, evaluations
+        if scaling is not None and length <= STALLED * tolerance:
             nearer = polished(slope, x, scaling, tolerance)
             if float(slope(nearer)[1].norm()) <= tolerance:
                 return nearer, evaluations
     return x, evaluations
 
 
-def polished(slope: Slope, x: Tensor, scaling: Tensor | None, tolerance: float) -> Tensor:
+def polished(slope: Slope, x: Tensor, scaling: Tensor, tolerance: float) -> Tensor:
     """Return x after plain steps with the Hessian that scaling stands for, as long as they shorten the gradient.
 
     Near the minimum the value no longer changes in its last digit, so a line search stalls before the gradient vanishes.
     """
     gradient = slope(x)[1]
     while float(gradient.norm()) > tolerance:
-        nearer = x - (gradient if scaling is None else scaling @ (scaling.T @ gradient))
+        nearer = x - scaling @ (scaling.T @ gradient)
         after = slope(nearer)[1]
         if not float(after.norm()) < float(gradient.norm()):
             return x
