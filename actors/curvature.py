@@ -15,7 +15,7 @@ import torch
 
 from actors.context import WorkerContext
 from actors.leftovers import put
-from actors.solver_states import SolverStates, take_turn
+from actors.solver_states import SolverStates, Unfinished, take_turn
 from actors.specs import CurvatureSpec
 from actors.states import SavedState, gradients_key, unfinished_key
 from actors.units import Receipt, Unit
@@ -58,8 +58,8 @@ def lissa_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) -> 
     asked = SavedState.open(context.run, gradients_key(settings["label"], spec.checkpoint))
     b = held.curvature.coordinates.join(asked.window(at["first"], at["last"]).arrays).to(context.device)
     x = take_turn(lissa_repetition(operator, b, ids, lissa, repetition, settings["largest"], state), states, unit.key)
-    if x is None:
-        return Receipt(unit.key, unfinished=True)
+    if isinstance(x, Unfinished):
+        return Receipt(unit.key, unfinished=f"{x.state.iteration:,} of {lissa.iterations:,} iterations")
     written = put(context, settings, unit, at["key"], safetensors.numpy.save({"x": x.cpu().numpy()}))
     states.clear()
     return Receipt(unit.key, rows=len(drawn.unique()), bytes=written.size, objects=[asdict(written)])
@@ -77,8 +77,8 @@ def sketch_unit(context: WorkerContext, settings: dict[str, Any], unit: Unit) ->
     operator = held.local(np.unique(drawn[state.iteration if state else 0 :].numpy()), settings["l2"])
     g = sketch_matrix({w.name: w.size for w in coordinates.weights}, sketch, block).to(context.device)
     s = take_turn(sketch_columns(operator, g, ids, sketch, block, settings["largest"], state), states, unit.key)
-    if s is None:
-        return Receipt(unit.key, unfinished=True)
+    if isinstance(s, Unfinished):
+        return Receipt(unit.key, unfinished=f"{s.state.iteration:,} of {sketch.iterations:,} iterations")
     arrays = {name: part.float().cpu().contiguous() for name, part in coordinates.split(s).items()}
     written = put(context, settings, unit, unit.payload["key"], safetensors.torch.save(arrays))
     states.clear()

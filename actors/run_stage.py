@@ -201,6 +201,10 @@ def write_down(news: list[Event], stage: Stage, progress: StageProgress | None, 
             case Done(worker, receipt) if receipt.quarantined:
                 fields = {"unit": receipt.unit, "rows": receipt.record()["quarantined"]}
                 name, text = "quarantined", f"set aside, not finite: {quarantined_text(receipt.quarantined)}"
+            case Done(worker, receipt) if receipt.unfinished:
+                if progress:
+                    progress.note(f"unit {receipt.unit}: {receipt.unfinished}")
+                continue
             case Elsewhere(unit, record) if record is not None:
                 if progress:
                     progress.skip(record.get("rows", 0))

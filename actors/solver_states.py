@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -90,8 +90,15 @@ class SolverStates:
         return f"{self._folder}/solver.{number}"
 
 
-def take_turn(solver: Generator[Any, None, Result], states: SolverStates, solve: str) -> Result | None:
-    """Run a solver to its end and return its result; None once its turn is over, its state then being saved."""
+@dataclass(frozen=True)
+class Unfinished:
+    """Where a solver stood, and was saved, when its turn was over."""
+
+    state: Any
+
+
+def take_turn(solver: Generator[Any, None, Result], states: SolverStates, solve: str) -> Result | Unfinished:
+    """Run a solver to its end and return its result, unless its turn is over before."""
     began, see = states.clock(), states.saver(solve)
     while True:
         try:
@@ -100,7 +107,7 @@ def take_turn(solver: Generator[Any, None, Result], states: SolverStates, solve:
             return end.value
         if states.clock() - began >= TURN:
             states.save(solve, state)
-            return None
+            return Unfinished(state)
         see(state)
 
 

@@ -53,9 +53,7 @@ class Receipt:
     quarantined: dict[int, str] = field(default_factory=dict)  # rows that were not finite: id, and where
     objects: list[dict[str, Any]] = field(default_factory=list)  # key, size and checksum of everything written
     worker: str = ""  # filled in by the pool
-    unfinished: bool = (
-        False  # what is done so far is saved by the unit, which is handed out again; nothing is committed
-    )
+    unfinished: str = ""  # how far it is, in words: its state is saved, it is handed out again, nothing is committed
     value: Any = None  # a partial sum for the driver alone, never part of the done-record
 
     def record(self) -> dict[str, Any]:

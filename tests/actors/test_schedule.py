@@ -134,7 +134,7 @@ def test_the_last_units_are_handed_out_singly() -> None:
 def test_a_unit_that_gets_on_is_handed_out_again_and_never_stalls() -> None:
     schedule = make(1)
     schedule.handle([Ready("a")])
-    half = replace(receipt("u0"), seconds=2.0, unfinished=True)
+    half = replace(receipt("u0"), seconds=2.0, unfinished="half of it")
     for turn in range(1, 9):
         now = Tick(turn * 1000.0)
         assert schedule.handle([now, Done("a", half)]) == [Run("a", Unit("u0", {"start": 0, "stop": 10}))]
@@ -149,7 +149,7 @@ def test_a_unit_is_given_up_only_for_what_happens_while_it_does_not_get_on() -> 
     limits = Limits(attempts=2, kills=2)
     schedule = make(2, {"u1": {"rows": 10}}, limits)
     schedule.handle([Ready("a")])
-    half = Done("a", replace(receipt("u0"), unfinished=True))
+    half = Done("a", replace(receipt("u0"), unfinished="half of it"))
     for _ in range(4):
         [again] = schedule.handle([Failed("a", "u0", "OSError: SlowDown", "storage")])
         assert isinstance(again, Run)

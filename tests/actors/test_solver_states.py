@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.solver_states import SolverStates, take_turn
+from actors.solver_states import SolverStates, Unfinished, take_turn
 from engine.solvers import CgState, ExactState, PowerState
 from storage.locations import Location
 
@@ -91,14 +91,15 @@ def test_a_turn_ends_with_its_state_saved_and_the_next_one_goes_on(run: Location
             yield PowerState(iteration + 1, torch.zeros(1, 1), 0.0, False)
         return 7
 
-    results, begun = list[int | None](), list[int]()
-    while not results or results[-1] is None:
+    results, begun = list[int | Unfinished](), list[int]()
+    while not results or isinstance(results[-1], Unfinished):
         states = SolverStates(run, "unfinished/u", clock=lambda: now[0])
         state = states.latest("u", PowerState)
         begun.append(state.iteration if state else 0)
         results.append(take_turn(count(state), states, "u"))
     assert begun == [0, 3, 6, 9]
-    assert results == [None, None, None, 7]
+    assert [one.state.iteration for one in results[:-1] if isinstance(one, Unfinished)] == [3, 6, 9]
+    assert results[-1] == 7
     states.clear()
     assert not run.list("unfinished")
 

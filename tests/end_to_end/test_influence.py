@@ -224,7 +224,7 @@ def test_a_killed_job_resumes_to_the_same_bits(
 
 @pytest.mark.parametrize("solver", ["lissa", "sketch"])
 def test_a_unit_that_takes_long_works_in_turns(
-    settings: Settings, tmp_path: Path, solver: str, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, tmp_path: Path, solver: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A turn is one iteration here. A job killed between two of them does none again, and leaves the same bits."""
     own = {"lissa": {"repetitions": 2}, "sketch": {"columns": 2}}
@@ -237,6 +237,7 @@ def test_a_unit_that_takes_long_works_in_turns(
     in_turns = run_job(settings(run=str(tmp_path / "turns"), **small))
     units = 2 if solver == "lissa" else 1
     assert len(turns) == units * (4 + 1), "one a turn, and a last one that finds nothing left to do"
+    assert f"unit {turns[0]}: 3 of 4 iterations" in capfd.readouterr().err
     turns.clear()
     with monkeypatch.context() as patch:
         kill_in(solver, 3, patch)
