@@ -1,6 +1,7 @@
 """What a job starts from: checkpoints with their learning rates, corpora ingested into the run, and the run's identity."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
@@ -31,6 +32,7 @@ from storage.segments import committed_segments
 
 TRAIN = "train"
 _EDGE = 1 << 20  # bytes at either end of a source file that its fingerprint covers
+_LAST_ASKED = re.compile(rb'^  "(truncation|padding)": \{\n.*?^  \}', re.MULTILINE | re.DOTALL)
 _TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 
 
@@ -120,11 +122,11 @@ def record_identity(run: Location, model: ModelSpec, folder: Path, task: Task) -
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Return a hash of the tokenizer's own files."""
+    """Return a hash of the tokenizer's own files, but for what it was last asked to cut or pad, which it saves with them."""
     digest = hashlib.sha256()
     for name in _TOKENIZER:
         if (folder / name).exists():
-            digest.update(name.encode() + (folder / name).read_bytes())
+            digest.update(name.encode() + _LAST_ASKED.sub(rb'  "\1": null', (folder / name).read_bytes()))
     return digest.hexdigest()[:16]
 
 

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from actors.context import cache_folder, make_task
 from actors.specs import StageMismatch
@@ -16,6 +17,7 @@ from launch.sources import (
     record_identity,
     refuse_reserved,
     same_model,
+    tokenizer_fingerprint,
 )
 from storage.corpus import Corpus
 from storage.locations import Location
@@ -184,3 +186,21 @@ def test_a_field_that_a_users_task_would_find_replaced_is_refused(field: str) ->
     refuse_reserved({"id": 3, "text": "a"})
     with pytest.raises(ValueError, match=f"field '{field}' is a column of every corpus"):
         refuse_reserved({field: 3})
+
+
+def test_a_tokenizer_is_the_same_one_after_it_was_asked_to_cut_and_to_pad(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """What it was last asked for is saved beside its vocabulary: a corrected model's tokenizer may have just cut a text."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder / "wrapped")
+    tokenizer.save_pretrained(tmp_path / "before")
+    tokenizer(["good film", "bad"], truncation=True, max_length=3, padding="max_length")
+    tokenizer.save_pretrained(tmp_path / "after")
+    before, after = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("before", "after"))
+    assert before["truncation"] is before["padding"] is None
+    assert after["truncation"]["max_length"] == 3
+    assert after["padding"] is not None
+    assert tokenizer_fingerprint(tmp_path / "before") == tokenizer_fingerprint(tmp_path / "after")
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path / "grown")
+    assert tokenizer_fingerprint(tmp_path / "grown") != tokenizer_fingerprint(tmp_path / "before")
