@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from engine import minimum
+from engine.models import save_checkpoint
 from engine.tasks.image_classification import ImageClassification
 from launch import train
 from launch.config import make_config
@@ -56,7 +57,7 @@ def stage(folder: Path, name: str, digits: range, function: str, **given: Any) -
         "checkpoints": str(folder / name),
         "train": {
             "epochs": 9, "batch_size": 96, "learning_rate": 0.01, "checkpoints": 1,
-            "minimum": {"gradient_norm": TOLERANCE, "l2": L2, "steps": 100},
+            "minimum": {"gradient_norm": TOLERANCE, "l2": L2, "steps": 40},
         } | given,
     }  # fmt: skip
 
@@ -87,13 +88,18 @@ def trained(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
     write_digits(folder / "pretrain.npz", range(4), slice(0, IMAGES), COPIES)
     write_digits(folder / "finetune.npz", range(4, 10), slice(0, IMAGES))
     write_digits(folder / "asked.npz", range(4, 10), slice(IMAGES, IMAGES + 4))
-    trained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def both(digits: Path) -> Path:
+    trained(digits)
+    return digits
 
 
 def batch_of(file: Path, digits: range) -> Any:
@@ -176,16 +182,16 @@ def test_a_job_over_both_foretells_what_leaving_an_image_out_does(both: Path, tm
     assert slope == pytest.approx(1.0, abs=0.1)
 
 
-def head_alone(folder: Path, both: Path, **given: Any) -> dict[str, Any]:
+def head_alone(folder: Path, digits: Path, **given: Any) -> dict[str, Any]:
     """Return a training of the second stage's head on new convolutions: short, as its objective is convex."""
-    (folder / "finetune.npz").symlink_to(both / "finetune.npz")
+    (folder / "finetune.npz").symlink_to(digits / "finetune.npz")
     return stage(folder, "finetune", range(4, 10), "second_stage", trainable=["head.*"], **given)
 
 
 def test_a_training_killed_before_its_minimum_goes_on_to_the_same_bits(
-    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = head_alone(tmp_path, both)
+    config = head_alone(tmp_path, digits)
     whole = make_config(config | {"checkpoints": str(tmp_path / "whole")})
     train_model(whole, quiet)
 
@@ -211,11 +217,11 @@ def test_a_training_killed_before_its_minimum_goes_on_to_the_same_bits(
 
 
 def test_a_minimum_that_is_not_reached_is_said_and_may_be_tried_again_with_more_steps(
-    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(minimum, "PIECE", 1)
     few = {"gradient_norm": TOLERANCE, "l2": L2, "steps": 1, "rounds": 1}
-    config = head_alone(tmp_path, both, minimum=few)
+    config = head_alone(tmp_path, digits, minimum=few)
     with pytest.raises(
         FloatingPointError, match="no minimum after 1 rounds of 1 steps: a gradient of length .* is left"
     ):
@@ -239,8 +245,9 @@ def test_bad_settings_of_a_minimum(tmp_path: Path, given: dict[str, Any], said: 
         make_config(pretraining(tmp_path, **given))
 
 
-def test_a_base_of_another_shape_is_refused(both: Path, tmp_path: Path) -> None:
-    config = finetuning(both, last(both / "pretrain"), output=str(tmp_path / "out"))
+def test_a_base_of_another_shape_is_refused(digits: Path, tmp_path: Path) -> None:
+    save_checkpoint(first_stage(), tmp_path / "base")
+    config = finetuning(digits, tmp_path / "base", output=str(tmp_path / "out"))
     config["task"]["settings"]["factory"] = "launch.examples:digits"
     with pytest.raises(ValueError, match=r"train.base=.* has no weight of the name and shape of one of Sequential"):
         train_model(make_config(config), quiet)
