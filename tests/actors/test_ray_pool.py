@@ -166,7 +166,7 @@ def test_workers_beyond_the_least_come_when_there_is_room(local_ray: None, tmp_p
     clock, stage, journal = Clock(), toy_stage("double", tmp_path, units=6), MemoryJournal()
     with RayPool(ToyWorker, 1, cpus=2.0, most=3, clock=clock) as pool:
         assert pool.size == 1
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180  # two processes to start, on a machine that may be busy
         while len(pool.workers) < 2:
             assert time.monotonic() < deadline
             pool.wait(0.5)
