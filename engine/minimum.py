@@ -108,7 +108,7 @@ def settle(
     rounding, is none: logits may all rise by the same.
     """
     x, _ = descend(objective.slope, x, None, tolerance, steps)
-    for last in (*(False for _ in range(rounds)), True):
+    for done in range(rounds + 1):
         left = float(objective.slope(x)[1].norm())
         each(left)
         matrix = objective.hessian(x)
@@ -116,7 +116,7 @@ def settle(
         lowest, zero = float(mu[0]), len(x) * torch.finfo(x.dtype).eps * float(mu.abs().max())
         if lowest >= -zero and left <= tolerance:
             return x, matrix
-        if not last:
+        if done < rounds:
             x, _ = descend(objective.slope, x, scaling_of(matrix), tolerance, steps)
     if left <= tolerance:
         raise FloatingPointError(

@@ -68,15 +68,21 @@ def test_a_worker_killed_in_mid_solve_changes_nothing(
     assert [event["stage"] for event in lost] == ["curvature"]
 
 
+def solving(path: Path, inputs: Path, method: str, at_once: str) -> Folder:
+    """Return a user's folder whose job solves so, one of the saved states' waits being 0 in the driver and its workers."""
+    folder = Folder.make(path, inputs)
+    job = yaml.safe_load((path / "job.yaml").read_text())
+    job |= {"gradients": job["gradients"] | WHOLE, "method": METHODS[method]}
+    (path / "job.yaml").write_text(yaml.safe_dump(job))
+    with (path / "config.py").open("a") as file:  # the task's module, which all of them import
+        file.write(f"\n\nfrom actors import solver_states\n\nsolver_states.{at_once} = 0.0\n")
+    return folder
+
+
 def test_a_driver_killed_in_mid_solve_goes_on_from_its_saved_state(
     inputs: Path, tmp_path: Path, expected: dict[str, dict[str, bytes]]
 ) -> None:
-    folder = Folder.make(tmp_path, inputs)
-    job = yaml.safe_load((tmp_path / "job.yaml").read_text())
-    job |= {"gradients": job["gradients"] | WHOLE, "method": METHODS["cg"]}
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
-    with (tmp_path / "config.py").open("a") as file:  # the task's module, which the driver imports too
-        file.write("\n\nfrom actors import solver_states\n\nsolver_states.SECONDS = 0.0  # every state is saved\n")
+    folder = solving(tmp_path, inputs, "cg", "SECONDS")  # every state is saved
     hold(folder.gate, row=20, times=15)
     first = folder.start()
     first.reaches(folder.gate)
@@ -98,12 +104,7 @@ def test_a_worker_killed_in_mid_repetition_goes_on_from_its_saved_state(
     inputs: Path, tmp_path: Path, expected: dict[str, dict[str, bytes]]
 ) -> None:
     """Every iteration is a turn of its own, which any worker may take."""
-    folder = Folder.make(tmp_path, inputs)
-    job = yaml.safe_load((tmp_path / "job.yaml").read_text())
-    job |= {"gradients": job["gradients"] | WHOLE, "method": METHODS["long lissa"]}
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
-    with (tmp_path / "config.py").open("a") as file:  # the task's module, which the workers import too
-        file.write("\n\nfrom actors import solver_states\n\nsolver_states.TURN = 0.0\n")
+    folder = solving(tmp_path, inputs, "long lissa", "TURN")
     driver = folder.start()
     unfinished = folder.run / "states/scores/unfinished"
     drivers.wait_until(lambda: list(unfinished.glob("block-*/solver.9")), "a repetition's ninth saved state")
