@@ -14,7 +14,7 @@ from tests.end_to_end import drivers
 from tests.end_to_end.answers import digests, events
 from tests.end_to_end.conftest import Settings, run_job, tiny_job
 from tests.end_to_end.drivers import Folder, gated_task, hold, holder, let_go
-from tests.end_to_end.gated import tally
+from tests.end_to_end.gated import seen
 from tests.end_to_end.test_influence import ARTEFACTS, METHOD, WHOLE
 
 pytestmark = pytest.mark.cluster
@@ -90,7 +90,7 @@ def test_a_driver_killed_in_mid_solve_goes_on_from_its_saved_state(
     first.process.kill()
     assert first.ends()[0] == -signal.SIGKILL
     assert len(list(folder.run.glob("journal/solve-scores/solver.*[0-9]"))) in (2, 3)  # killed between write and delete
-    begun = products(folder.gate)
+    begun = seen(folder.gate, 20)
     let_go(folder.gate)
 
     status, said = folder.start().ends()
@@ -104,18 +104,18 @@ def test_a_worker_killed_in_mid_repetition_goes_on_from_its_saved_state(
     inputs: Path, tmp_path: Path, expected: dict[str, dict[str, bytes]]
 ) -> None:
     """Every iteration is a turn of its own, which any worker may take."""
+    whole = gated_task(inputs, tmp_path / "whole")
+    run_job(tiny_job(inputs, tmp_path / "undisturbed", task=whole, gradients=WHOLE, method=METHODS["long lissa"]))
     folder = solving(tmp_path, inputs, "long lissa", "TURN")
+    hold(folder.gate, row=12, times=seen(tmp_path / "whole", 12) - 3)  # LiSSA draws it once more, then it is scored
     driver = folder.start()
-    unfinished = folder.run / "states/scores/unfinished"
-    drivers.wait_until(lambda: list(unfinished.glob("block-*/solver.9")), "a repetition's ninth saved state")
-    os.kill(tally(folder.gate)[-1][0], signal.SIGKILL)
+    held = driver.reaches(folder.gate)
+    saved = [int(state.suffix[1:]) for state in folder.run.glob("states/scores/unfinished/block-*/solver.*[0-9]")]
+    assert max(saved) >= 9
+    os.kill(held, signal.SIGKILL)
+    let_go(folder.gate)
     status, said = driver.ends()
     assert status == 0, said
     run = Run.open(str(folder.run))
     assert digests(run, *ARTEFACTS) == expected["long lissa"]
     assert [event["stage"] for event in events(run) if event["kind"] == "lost"] == ["lissa-scores"]
-
-
-def products(gate: Path) -> int:
-    """Return how often one row was computed."""
-    return sum(20 in ids for _, _, _, ids in tally(gate))
