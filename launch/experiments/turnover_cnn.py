@@ -28,7 +28,7 @@ from engine.turnover_scores import Estimator, self_influence
 from launch.experiments.kept import kept
 from launch.experiments.plots import save
 from launch.experiments.registry import Experiment, Gate
-from launch.experiments.subjects import ROOT, Part, accuracy, bounds, logits_of, loss
+from launch.experiments.subjects import ROOT, Part, accuracy, bounds, logits, logits_of, loss
 
 LAYERS = 4
 ERRORS = "errors"
@@ -162,8 +162,18 @@ def differences(turnover: TurnOver, part: Part, ids: Tensor) -> Tensor:
     """Return L(f^m̃(i), z) − L(f^m(i), z) of every row z under the masks of its id i, float64 [n]."""
     found = torch.empty(len(ids), dtype=torch.float64)
     for batch in part.batches():
-        found[batch.ids] = self_influence(turnover, loss, Batch(ids[batch.ids], batch.tensors))
+        found[batch.ids] = self_influence(turnover, small_loss, Batch(ids[batch.ids], batch.tensors))
     return found
+
+
+def small_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the cross entropy without rounding small ones to 0, as 1 + exp(−17) is rounded to 1 in float32.
+
+    A network without ordinary dropout is so sure of a third of its digits that both masks would tie at 0.
+    """
+    scores, label = logits(model, batch), batch["target"][:, None]
+    others = scores.scatter(1, label, -torch.inf).logsumexp(1)
+    return nn.functional.softplus(others - scores.gather(1, label)[:, 0])
 
 
 def explained(config: dict[str, Any]) -> list[dict[str, Any]]:

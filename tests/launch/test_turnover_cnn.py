@@ -33,6 +33,21 @@ def test_all_kinds_of_network_start_from_the_same_weights() -> None:
     assert all(torch.equal(one[name], states[0][name]) for one in states for name in one)
 
 
+def test_the_loss_of_a_digit_that_a_network_is_sure_of_is_not_rounded_to_0(caught: Caught) -> None:
+    model, batch = untrained(CONFIG, Kind(2, False), 0)[0].eval(), digits(CONFIG)["train"].batch(torch.arange(8))
+    head = model.get_submodule("head")
+    with torch.no_grad():
+        head.weight.mul_(600)
+
+    def compare() -> None:
+        with torch.no_grad():
+            exact = loss(lambda x: model(x).double(), batch)  # type: ignore[arg-type]
+            assert exact.min() < 1e-8 < 1e-2 < exact.max()
+            torch.testing.assert_close(turnover_cnn.small_loss(model, batch).double(), exact, rtol=1e-4, atol=0)
+
+    caught(compare, turnover_cnn, "small_loss", loss)
+
+
 def test_an_error_is_put_down_to_the_digits_with_the_largest_mean_influence(caught: Caught) -> None:
     parts, wrong, row = digits(CONFIG), 7, 2
     networks = [fit(CONFIG, Kind(2, False), 0.01, seed) for seed in (0, 1)]
