@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.solvers import relative
-from engine.stochastic_solvers import Lissa
+from engine.solvers import finish, relative
+from engine.stochastic_solvers import Lissa, lissa_repetition
 from launch import validate
 from launch.experiments.turnover_speed import (
     EXPERIMENT,
@@ -14,7 +14,7 @@ from launch.experiments.turnover_speed import (
     of_one_length,
     overtakes,
     ratios,
-    residual,
+    residuals,
 )
 
 CONFIG = validate.experiment_config("turnover.speed", toy=True)
@@ -67,11 +67,13 @@ def test_adapters_of_the_top_third_and_the_head_are_compared(work: Work) -> None
 def test_the_residual_is_that_of_the_whole_system(work: Work) -> None:
     lissa = Lissa(0.5, 4.0, 30, 12, 1)
     matrix = work.operator(len(work.train)).apply(torch.eye(work.space.size, dtype=torch.float64))
-    b = work.gradient(work.query(0))
+    b = torch.cat([work.gradient(work.query(number)) for number in range(2)], 1)
     exact = torch.linalg.solve(matrix + 0.5 * torch.eye(len(b), dtype=torch.float64), b)
-    assert float(relative(b - matrix @ exact - 0.5 * exact, b)) < 1e-10
-    few, many = (residual(work, Lissa(0.5, 4.0, steps, 12, 1), 0.1) for steps in (lissa.iterations, 90))
-    assert 0 < many < few < 1
+    assert float(relative(b - matrix @ exact - 0.5 * exact, b).max()) < 1e-10
+    x = finish(lissa_repetition(work.operator(1), b, torch.arange(len(work.train)), lissa, 0, 0.1))
+    few, many = (residuals(work, Lissa(0.5, 4.0, steps, 12, 1), 0.1, 2) for steps in (lissa.iterations, 90))
+    assert few == pytest.approx(relative(b - matrix @ x - 0.5 * x, b).tolist(), rel=2e-3)
+    assert all(0 < later < sooner < 1 for sooner, later in zip(few, many, strict=True))
 
 
 def test_more_ids_are_asked_of_the_second_memory_cell() -> None:
