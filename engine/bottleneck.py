@@ -3,6 +3,9 @@
 An adapter h ↦ h + up(act(down(h))) follows the output projections of attention and of the feed-forward layers, before the
 residual sum. It is a child of the projection, whose weights keep their names: a checkpoint with adapters still loads into
 the plain model. LoRA adapters in PEFT's format are another thing: engine/adapters.py.
+
+A classification head takes another child of that name: a hidden layer beside its last Linear, W x + b + up(act(down(x))).
+It runs once for a text and not for every token, so that it may have as many units as turn-over dropout wants masked.
 """
 
 import fnmatch
@@ -28,6 +31,7 @@ PROJECTIONS = (
 PLACE = "*.adapter.act"  # where turn-over dropout masks an adapter: its bottleneck
 TRAINED = "*.adapter.*"  # the adapters' own weights
 BOTTLENECK = ".adapter.down.weight"  # by the end of its name an adapter is known in a checkpoint
+_OWN = ".adapter."  # in the names of an adapter's layers
 _DEVIATION = 1e-2  # of the first weights, cut at twice this: Houlsby et al., section 3.6
 
 
@@ -60,6 +64,26 @@ class AdaptedConv1D(Conv1D):
         return self.adapter(super().__call__(*args, **kwargs))
 
 
+class HiddenLayer(nn.Module):
+    """x ↦ up(act(down(x))), 0 at first."""
+
+    def __init__(self, features: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.down, self.act, self.up = nn.Linear(features, width), nn.GELU(), nn.Linear(width, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.act(self.down(x)))
+
+
+class WideLinear(nn.Linear):
+    """A head's Linear whose call is its own call, hooks included, plus what a hidden layer makes of its input."""
+
+    adapter: HiddenLayer
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return super().__call__(input) + self.adapter(input)
+
+
 _ADAPTED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: AdaptedLinear, Conv1D: AdaptedConv1D}
 
 
@@ -89,6 +113,26 @@ def add_adapters(
     return list(chosen)
 
 
+def widen_head(
+    model: nn.Module,
+    width: int,  # units of the hidden layer
+    name: str | None = None,  # of the Linear beside which it goes; None: the last of the model's head
+    seed: int = 0,
+) -> str:
+    """Put a hidden layer beside a head's Linear, in place; return that one's name.
+
+    The model gives what it gave until the layer is trained. Its first weights come from counters keyed by (seed, name).
+    Raises ValueError for a model without a head.
+    """
+    if not (layers := [name] if name else head_layers(model)):
+        raise ValueError(
+            f"{type(model).__name__} has no head of its own beside its pretrained body: only a classifier or regressor takes a "
+            f"wide head."
+        )
+    _widen(model.get_submodule(layers[-1]), width, derive_key(seed, "wide head", layers[-1]))
+    return layers[-1]
+
+
 def top_third(projections: Sequence[str]) -> list[str]:
     """Return the projections in the highest third of the layers, whose number stands in their names; rounded up."""
     numbers = {name: int(found[0]) for name in projections if (found := re.findall(r"(?<=\.)\d+(?=\.)", name))}
@@ -115,7 +159,7 @@ def head_layers(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module.weight) not in inside
+        if isinstance(module, nn.Linear) and id(module.weight) not in inside and _OWN not in name
     ]
 
 
@@ -132,8 +176,8 @@ def restore_adapters(model: nn.Module, state: Mapping[str, Tensor], where: str) 
                 f"checkpoint {where} holds an adapter of {name}, which {type(model).__name__} does not have"
             )
         if name not in adapter_widths(model):
-            add_adapters(model, width, [name])
-    own = {name for name in model.state_dict() if any(name.startswith(f"{place}.adapter.") for place in widths)}
+            widen_head(model, width, name) if name in head_layers(model) else add_adapters(model, width, [name])
+    own = {name for name in model.state_dict() if any(name.startswith(f"{place}{_OWN}") for place in widths)}
     if missing := sorted(own - state.keys()):
         raise ValueError(f"checkpoint {where} lacks the adapter weights {', '.join(missing[:3])}")
     model.load_state_dict({name: state[name] for name in own}, strict=False)
@@ -145,11 +189,11 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def adapter_widths(model: nn.Module) -> dict[str, int]:
-    """Return the name of every projection that has an adapter, and the adapter's width."""
+    """Return the name of every projection that has an adapter and of a wide head, and the adapter's width."""
     return {
         name: module.adapter.down.out_features
         for name, module in model.named_modules()
-        if isinstance(module, (AdaptedLinear, AdaptedConv1D))
+        if isinstance(module, (AdaptedLinear, AdaptedConv1D, WideLinear))
     }
 
 
@@ -164,3 +208,15 @@ def _adapt(module: nn.Module, width: int, key: int) -> None:
             linear.bias.zero_()
     module.__class__ = _ADAPTED[type(module)]
     module.adapter = adapter
+
+
+def _widen(head: Any, width: int, key: int) -> None:
+    outputs, features = head.weight.shape
+    hidden = HiddenLayer(features, width, outputs).to(head.weight.device, head.weight.dtype).train(head.training)
+    drawn = torch.from_numpy(normals(key, 0, width * features)).clamp(-2, 2) / features**0.5
+    with torch.no_grad():
+        hidden.down.weight.copy_(drawn.view(width, features))
+        hidden.down.bias.zero_()
+        hidden.up.weight.zero_()
+    head.__class__ = WideLinear
+    head.adapter = hidden

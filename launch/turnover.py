@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engine.batches import Batch
-from engine.bottleneck import PLACE, TRAINED, add_adapters, head_layers, matching_projections, top_third
+from engine.bottleneck import PLACE, TRAINED, add_adapters, head_layers, matching_projections, top_third, widen_head
 from engine.counters import derive_key
 from engine.duplicates import near_identical
 from engine.leaks import leaks
@@ -78,18 +78,21 @@ def add_masks(
     Raises ValueError for a model without such places.
     """
     after, before = list(section.after), list(section.before)
+    if section.head:
+        widen_head(model, section.head, seed=run_seed)
     if section.adapters:
         places = matching_projections(model)
         chosen = top_third(places) if section.layers == "top" else places
         add_adapters(model, section.adapters, chosen or ["*.output.dense"], run_seed)
+    if section.adapters or section.head:
         after, before = [PLACE, *after], [*head_layers(model), *before]
     seed = derive_key(run_seed, "turnover", number) % _MASKS
     return TurnOver(model, Masks(section.masks(seed), _duplicates(task, section, rows)), after, before)
 
 
 def what_trains(model: nn.Module, section: TurnOverSection, settings: TrainSettings, given: bool) -> TrainSettings:
-    """Return the settings with adapters and head alone trainable where there are adapters and the config says nothing."""
-    if section.adapters and not given:
+    """Return the settings with adapters and head alone trainable where either is made and the config says nothing."""
+    if (section.adapters or section.head) and not given:
         settings = replace(settings, trainable=(TRAINED, *(f"{name}.*" for name in head_layers(model))))
     freeze(model, settings.trainable)
     return settings

@@ -16,6 +16,11 @@ class TurnOverSection(Section):
         ge=1,
         description="width of bottleneck adapters in a transformer, which with its head are then all that trains",
     )
+    head: int | None = Field(
+        None,
+        ge=1,
+        description="units of a hidden layer beside a classification head; six or so for an example tell examples apart",
+    )
     layers: Literal["all", "top"] = Field("all", description="which layers take adapters; top: the top third")
     after: list[str] = Field([], description="globs over modules whose output is masked, besides the adapters' own")
     before: list[str] = Field([], description="globs over modules whose input is masked, besides the head's")
@@ -36,9 +41,10 @@ class TurnOverSection(Section):
             raise ValueError(
                 f"train.turnover.picks={self.picks} is not allowed: at most train.turnover.codebook={self.codebook}."
             )
-        if not (self.adapters or self.after or self.before):
+        if not (self.adapters or self.head or self.after or self.before):
             raise ValueError(
-                "train.turnover masks no layer: set train.turnover.adapters for a transformer (48, say), or name modules "
+                "train.turnover masks no layer: set train.turnover.adapters for a transformer (48, say), train.turnover.head "
+                "for a classifier, or name modules "
                 "in train.turnover.after and train.turnover.before."
             )
         return self

@@ -1,9 +1,10 @@
 """What turn-over dropout's experiments train: MiniLM's top layers with adapters and a head, with masks or without.
 
 Everything below the top layers is frozen and is computed once for each text. Adapters, pooler and classifier train; masks lie
-on the adapters' bottlenecks and on the classifier's input, so an example's half of the pooler's rows is its own too. The
-pooler reads the first token alone: of the last layer nothing else is computed. Trainings are kept in runs/cache, and shared
-by the experiments whose configs agree on them.
+on the adapters' bottlenecks and on the classifier's input, so an example's half of the pooler's rows is its own too. A wide
+head, where the config asks for one, reads all that the pooler gives; the pooler is then frozen, not to leak. The pooler reads
+the first token alone: of the last layer nothing else is computed. Trainings are kept in runs/cache, and shared by the
+experiments whose configs agree on them.
 """
 
 import copy
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from engine.batches import Batch, plan_batches
-from engine.bottleneck import PLACE, TRAINED, add_adapters
+from engine.bottleneck import PLACE, TRAINED, add_adapters, widen_head
 from engine.counters import derive_key, permutation
 from engine.masks import MaskSettings
 from engine.training import TrainSettings, train
@@ -26,7 +27,7 @@ from engine.turnover_scores import Estimator
 from launch.experiments.kept import kept
 from launch.experiments.subjects import Part, State, loss, mean_loss, read_records, token_states, top_layers
 
-TRAINABLE = (TRAINED, "pooler.*", "classifier.*")
+TRAINABLE = (TRAINED, "classifier.*")
 KINDS = ("plain", "masked")
 TOKENS = 4096  # of one forward pass of the estimator
 _MASKS = 1 << 32
@@ -109,6 +110,8 @@ def make_network(settings: dict[str, Any], classes: int, seed: int) -> Network:
         model.classifier.weight.normal_(std=0.02, generator=generator)  # as BERT's own heads begin
         model.classifier.bias.zero_()
     add_adapters(model, settings["adapters"], seed=seed)
+    if "head" in settings:
+        widen_head(model, settings["head"], "classifier", seed)
     masks = MaskSettings(seed=derive_key(seed, "turnover") % _MASKS)
     return Network(model, TurnOver(model, masks, after=[PLACE], before=["classifier"]))
 
@@ -164,7 +167,8 @@ def fit(settings: dict[str, Any], part: Part, classes: int, training: Training, 
     network = make_network(settings, classes, training.seed)
     torch.manual_seed(training.seed)
     plan = TrainSettings(
-        epochs=training.epochs, batch_size=settings["batch_size"], learning_rate=training.rate, trainable=TRAINABLE,
+        epochs=training.epochs, batch_size=settings["batch_size"], learning_rate=training.rate,
+        trainable=TRAINABLE if "head" in settings else (*TRAINABLE, "pooler.*"),
         checkpoints=training.epochs, seed=training.seed,
     )  # fmt: skip
     if training.masked:

@@ -27,12 +27,12 @@ SEEDS = 3
 
 @pytest.fixture(scope="module")
 def trained(inputs: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three trainings of adapters and head on the tiny job's corpus, each under masks of its own."""
+    """Three trainings of adapters and a wide head on the tiny job's corpus, each under masks of its own."""
     folder = tmp_path_factory.mktemp("trained")
     tiny_bert(num_hidden_layers=3).save_pretrained(folder / "base")
     for file in (tokenizer_folder / "wrapped").iterdir():
         (folder / "base" / file.name).write_bytes(file.read_bytes())
-    masks = {"adapters": 4, "layers": "top", "seeds": SEEDS, "kind": "hashed", "curves": 0}
+    masks = {"adapters": 4, "head": 12, "layers": "top", "seeds": SEEDS, "kind": "hashed", "curves": 0}
     train = {"base": str(folder / "base"), "epochs": 2, "checkpoints": 2, "learning_rate": 0.03, "turnover": masks}
     job = tiny_job(inputs, folder / "run", checkpoints=str(folder / "model"), train=train)
     return train_model(make_config(job), lambda _: None)

@@ -16,6 +16,7 @@ from engine.bottleneck import (
     matching_projections,
     restore_adapters,
     top_third,
+    widen_head,
 )
 from engine.gradients import PerExampleGradients
 from engine.models import load_hugging_face, save_checkpoint
@@ -123,6 +124,65 @@ def test_the_top_third_of_the_layers_and_the_head(layers: int, upper: list[int])
 def test_a_head_that_is_tied_or_absent_is_none() -> None:
     assert head_layers(tiny_gpt2()) == []
     assert head_layers(nn.Linear(2, 2)) == []
+
+
+def test_a_wide_head_is_its_linear_and_a_hidden_layer_and_nothing_at_first() -> None:
+    model, batch = randomise(tiny_bert()).double(), token_batch()
+    truth, state = text_loss(model, batch), model.state_dict()
+    assert widen_head(model, 40) == "classifier"
+    assert torch.equal(text_loss(model, batch), truth)
+    assert all(torch.equal(model.state_dict()[key], weight) for key, weight in state.items())
+    assert head_layers(model) == ["classifier"]
+    assert adapter_widths(model) == {"classifier": 40}
+    head = randomise(model.classifier, seed=4)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    hidden = nn.functional.gelu(x @ head.adapter.down.weight.T + head.adapter.down.bias)
+    assert torch.allclose(head(x), x @ head.weight.T + head.bias + hidden @ head.adapter.up.weight.T, rtol=1e-12)
+
+
+def test_first_weights_of_a_wide_head_come_from_the_seed() -> None:
+    models = [tiny_bert() for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        widen_head(model, 400, seed=seed)
+    first, second, other = (model.classifier.adapter.down.weight for model in models)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert float((first @ torch.ones(8)).std()) == pytest.approx(0.96, rel=0.1)  # 1, cut at 2 deviations
+
+
+def test_a_checkpoint_with_a_wide_head_is_read_with_it_and_by_others_without(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = tiny_bert()
+    add_adapters(model, 4)
+    widen_head(model, 40)
+    randomise(model)
+    truth = text_loss(model, token_batch())
+    save_checkpoint(model, tmp_path)
+    found = load_hugging_face(tmp_path, AutoModelForSequenceClassification, "eager").eval()
+    assert torch.allclose(text_loss(found, token_batch()), truth, rtol=1e-5)
+    assert adapter_widths(found) == adapter_widths(model)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert adapter_widths(plain) == {}
+
+
+@pytest.mark.parametrize("model", [tiny_gpt2(), nn.Linear(2, 2)])
+def test_only_a_head_is_widened(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has no head of its own"):
+        widen_head(model, 8)
+
+
+def test_per_example_gradients_of_a_wide_head_are_exact() -> None:
+    model, batch = tiny_bert().double(), token_batch()
+    widen_head(model, 40)
+    randomise(model)
+    parameters = select_parameters(model, ["classifier*"])
+    truth = oracles.gradients(model, text_loss, batch)
+    with PerExampleGradients(model, parameters, Whole(parameters)) as engine:
+        found = engine(text_loss, batch)
+    assert len(parameters) == 5
+    for parameter in parameters:
+        assert oracles.relative_error(found.arrays[parameter.name], truth[parameter.name].flatten(1)) < 1e-10
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,11 +3,22 @@
 import torch
 from torch import Tensor, nn
 
-from engine.bottleneck import PLACE, add_adapters
+from engine import bottleneck
+from engine.bottleneck import PLACE, add_adapters, widen_head
 from engine.leaks import Leak, leaks
 from engine.training import freeze
 from engine.turnover import TurnOver
-from tests.conftest import image_batch, mlp_batch, mlp_loss, random_cnn, randomise, text_loss, tiny_bert, token_batch
+from tests.conftest import (
+    Caught,
+    image_batch,
+    mlp_batch,
+    mlp_loss,
+    random_cnn,
+    randomise,
+    text_loss,
+    tiny_bert,
+    token_batch,
+)
 from tests.engine.test_turnover import masked, net
 
 
@@ -32,6 +43,19 @@ def test_adapters_and_head_leak_through_their_upper_biases_alone() -> None:
     found = leaks(TurnOver(model, after=[PLACE], before=["classifier"]), text_loss, token_batch())
     assert set(named(found).values()) == {"bias"}
     assert {leak.name.rpartition("adapter.")[2] for leak in found} == {"up.bias", "classifier.bias"}
+
+
+def test_a_wide_head_leaks_through_the_classifiers_bias_alone(caught: Caught) -> None:
+    model = tiny_bert().double()
+    widen_head(model, 40)
+    randomise(model)
+    freeze(model, ("*.adapter.*", "classifier.*"))
+
+    def look() -> None:
+        found = leaks(TurnOver(model, after=[PLACE], before=["classifier"]), text_loss, token_batch())
+        assert named(found) == {"classifier.bias": "bias"}
+
+    caught(look, bottleneck.HiddenLayer, "forward", lambda self, x: self.up(nn.functional.gelu(self.down(x))))
 
 
 def test_norms_decay_and_momentum_are_listed() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.batches import Batch, collate_ids
+from engine.bottleneck import adapter_widths
 from engine.models import read_state
 from engine.tasks.text_classification import TextClassification
 from engine.turnover import restore
@@ -79,6 +80,20 @@ def test_adapters_and_head_train_and_the_masks_are_recorded(training: dict[str, 
     assert set(record["widths"].values()) == {4, 8}
     assert len(record["after"]) == len(record["adapters"]) == 4
     assert record["masks"]["keep"] == 0.5
+
+
+def test_a_wide_head_trains_by_itself(training: dict[str, Any]) -> None:
+    folder = trained(changed(training, turnover={"head": 20}))
+    record = json.loads((folder / LAST / "turnover.json").read_text())
+    assert (record["adapters"], record["before"], record["after"]) == (
+        {"classifier": 20}, ["classifier"], ["classifier.adapter.act"],
+    )  # fmt: skip
+    state = read_state(folder / LAST)
+    assert state["classifier.adapter.up.weight"].abs().min() > 0
+    assert {leak["name"] for leak in json.loads((folder / REPORT).read_text())["leaks"]} >= {"classifier.bias"}
+    assert adapter_widths(TextClassification(str(folder / LAST), max_tokens=16).build(folder / LAST)) == {
+        "classifier": 20
+    }
 
 
 def test_the_report_holds_the_curves_of_the_checkpoint_and_the_leaks(training: dict[str, Any]) -> None:
