@@ -185,6 +185,8 @@ def identity(config: Config) -> dict[str, Any]:
     ours = config.train.model_dump(exclude={"output": True, "minimum": {"steps", "rounds"}})  # more may be tried
     if config.train.minimum is None:
         del ours["minimum"]  # which earlier versions did not know
+    if config.train.turnover and config.train.turnover.head is None:
+        del ours["turnover"]["head"]  # nor this
     return {
         "train": ours,
         "task": config.task.model_dump(),

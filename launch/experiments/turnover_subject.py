@@ -2,9 +2,9 @@
 
 Everything below the top layers is frozen and is computed once for each text. Adapters, pooler and classifier train; masks lie
 on the adapters' bottlenecks and on the classifier's input, so an example's half of the pooler's rows is its own too. A wide
-head, where the config asks for one, reads all that the pooler gives; the pooler is then frozen, not to leak. The pooler reads
-the first token alone: of the last layer nothing else is computed. Trainings are kept in runs/cache, and shared by the
-experiments whose configs agree on them.
+head, where the config asks for one, reads its input unmasked; the pooler is then frozen, not to leak, or left out. Of the last
+layer the first token alone is computed. Trainings are kept in runs/cache, and shared by the experiments whose configs agree on
+them.
 """
 
 import copy
@@ -102,9 +102,18 @@ class Network:
         return self
 
 
+class FirstToken(nn.Module):
+    """What stands in the pooler's place where the head reads the first token's state itself."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states[:, 0]
+
+
 def make_network(settings: dict[str, Any], classes: int, seed: int) -> Network:
     """Return the network that training starts from under a seed."""
     model = Upper(copy.deepcopy(pretrained(settings, classes)))
+    if not settings.get("pooler", True):
+        model.pooler = FirstToken()
     generator = torch.Generator().manual_seed(derive_key(seed, "head") % 2**63)
     with torch.no_grad():
         model.classifier.weight.normal_(std=0.02, generator=generator)  # as BERT's own heads begin

@@ -15,7 +15,7 @@ from engine.tasks.text_classification import TextClassification
 from engine.turnover import restore
 from engine.turnover_scores import full_losses, paired_losses
 from launch.config import make_config
-from launch.train import OPTIMIZER, train_model
+from launch.train import OPTIMIZER, STATE, train_model
 from launch.turnover import REPORT, trainings
 from tests.conftest import ToyMlp, randomise, tiny_bert
 from tests.end_to_end.conftest import write_texts
@@ -156,7 +156,9 @@ def stop_after(training: dict[str, Any], checkpoints: int) -> None:
         train_model(make_config(training), say)
 
 
-@pytest.mark.parametrize(("turnover", "stop"), [(None, 1), ({"adapters": 4}, 1), ({"adapters": 4, "seeds": 2}, 3)])
+@pytest.mark.parametrize(
+    ("turnover", "stop"), [(None, 1), ({"adapters": 4}, 1), ({"adapters": 4, "head": 6, "seeds": 2}, 3)]
+)
 def test_a_stopped_training_goes_on_to_the_same_bytes(training: dict[str, Any], turnover: Any, stop: int) -> None:
     config = changed(training, turnover=turnover, schedule="linear", learning_rate=0.05)
     whole = trained(config | {"checkpoints": training["checkpoints"] + "-whole"})
@@ -172,6 +174,18 @@ def test_a_kill_while_a_checkpoint_is_written_is_no_checkpoint(training: dict[st
     (folder / LAST).mkdir()
     (folder / LAST / "model.safetensors").write_text("half")
     assert contents(trained(training)) == contents(whole)
+
+
+def test_a_training_that_an_earlier_version_stopped_goes_on(training: dict[str, Any]) -> None:
+    """It knew neither wide heads nor minima."""
+    stop_after(training, 1)
+    (state,) = Path(training["checkpoints"]).glob(f"checkpoint-*/{STATE}")
+    known = json.loads(state.read_text())["training"]["train"]
+    assert not {"minimum", "head"} & (known.keys() | known["turnover"].keys())
+    assert (trained(training) / LAST).exists()
+    with pytest.raises(ValueError, match="train.turnover.head"):
+        stop_after(masks(training | {"checkpoints": training["checkpoints"] + "-wide"}, head=6), 1)
+        trained(training | {"checkpoints": training["checkpoints"] + "-wide"})
 
 
 def test_other_settings_do_not_go_on_from_a_stopped_training(training: dict[str, Any]) -> None:
