@@ -95,7 +95,7 @@ def gates(config: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[Gate]
 EXPERIMENT = Experiment(
     name="turnover.cleansing-noise",
     claim="Among the 1 % most harmful movie reviews wrong labels are more frequent than among all",
-    minutes=30,
+    minutes=45,
     cells=cells,
     run=run_seed,
     gates=gates,
