@@ -55,6 +55,7 @@ ASKED = {"all": 1.5, "top": 3.0}
 SHARED = 2.5
 PAPER = 17.0
 SIDES: Any = ("own", "flipped")
+_SOLVED = 3  # queries whose solves are run in full
 _CACHE = 4 << 30  # bytes of what frozen lower layers give
 
 
@@ -118,7 +119,7 @@ def measure(config: dict[str, Any], cell: str) -> dict[str, Any]:
     rounds = [run_round(passes(config, work, lissa, found[0], number), number) for number in whole]
     return {
         "seconds": {name: [round(one[name], 3) for one in rounds] for name in rounds[0]},
-        "residuals": residuals(work, lissa, found[0], config["rounds"]),
+        "residuals": residuals(work, lissa, found[0], _SOLVED),
         "seconds of λ_max": round(finding, 2),
         "weights": work.space.size,
         "tokens": round(float(work.lengths.mean()), 1),
@@ -197,7 +198,7 @@ def products(work: Work, rows: np.ndarray, block: Tensor) -> None:
 
 
 def residuals(work: Work, lissa: Lissa, largest: float, queries: int) -> list[float]:
-    """Return the relative residual of the solver's whole run for every query, on all reviews."""
+    """Return the relative residual of the solver's whole run for each of the first queries, on all reviews."""
     b = torch.cat([work.gradient(work.query(number)) for number in range(queries)], 1)
     x = finish(lissa_repetition(work.operator(1), b, torch.arange(len(work.train)), lissa, 0, largest))
     return relative(b - work.operator(len(work.train)).apply(x) - lissa.damping * x, b).tolist()
