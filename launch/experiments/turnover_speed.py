@@ -119,7 +119,7 @@ def measure(config: dict[str, Any], cell: str) -> dict[str, Any]:
     rounds = [run_round(passes(config, work, lissa, found[0], number), number) for number in whole]
     return {
         "seconds": {name: [round(one[name], 3) for one in rounds] for name in rounds[0]},
-        "residuals": residuals(work, lissa, found[0], _SOLVED),
+        "residuals": residuals(work, lissa, found[0], min(_SOLVED, config["rounds"])),
         "seconds of λ_max": round(finding, 2),
         "weights": work.space.size,
         "tokens": round(float(work.lengths.mean()), 1),
